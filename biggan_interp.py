@@ -65,10 +65,10 @@ class Spectral(nn.Module):
             self.power_iteration()
         return self.weight_orig / (self.weight_u @ (self.weight_orig.flatten(1) @ self.weight_v))
 
-    def forward(self, x):
-        if self.weight_orig.dim() == 2:
-            return F.linear(x, self.weight(), self.bias)
-        return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)
+    def forward(self, x, out=None):
+        """out: only so many of the first outputs (sigma is still that of the whole W)."""
+        W, b = self.weight()[:out], None if self.bias is None else self.bias[:out]
+        return F.linear(x, W, b) if W.dim() == 2 else F.conv2d(x, W, b, self.stride, self.padding)
 
 
 class BatchNorm(nn.Module):
@@ -184,8 +184,8 @@ class Generator(nn.Module):
         h = net["gen_z"](cond).view(len(z), 4, 4, -1).permute(0, 3, 1, 2)  # (N, 4 * 4 * C) -> (N, C, 4, 4)
         for layer in net["layers"]:
             h = layer(h, truncation, cond)
-        h = net["conv_to_rgb"](F.relu(net["bn"](h, truncation)))
-        return torch.tanh(h[:, :3])  # another one: the last layer makes C channels, three of them count
+        # Another one: the last layer has as many outputs as inputs, and the first three are the picture.
+        return torch.tanh(net["conv_to_rgb"](F.relu(net["bn"](h, truncation)), out=3))  # (N, 3, size, size)
 
 
 @torch.no_grad()

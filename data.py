@@ -705,10 +705,11 @@ def comments(Config):
     return dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
 
 
-def arguments(Config, argv, presets=None):
+def arguments(Config, argv, presets=None, positional=None):
     """Command line -> (config, changes): flags generated from the fields of a flat dataclass, help from their comments.
 
-    Args: presets, name -> dict of differing fields; when given, its name is the first argument (field `preset`).
+    Args: presets, name -> dict of differing fields; when given, its name is the first argument (field `preset`);
+    positional, the name of a tuple field that is given without a flag. A switch (default 0) may stand alone, as --json.
     Returns: the Config, and a dict of what the command line named itself. Errors: UserError, one line."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -719,9 +720,15 @@ def arguments(Config, argv, presets=None):
         parser.add_argument("preset", choices=list(presets), metavar="PRESET", help=" ".join(presets))
     words = comments(Config)
     for f in dataclasses.fields(Config):
-        if f.name != "preset" or not presets:
-            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=argparse.SUPPRESS,
-                                help=f"{words.get(f.name, '')} (default {f.default!r})".replace("%", "%%"))
+        word = f"{words.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
+        if f.name == positional:
+            parser.add_argument(f.name, nargs="*", help=word)
+        elif isinstance(f.default, tuple):
+            parser.add_argument("--" + f.name.replace("_", "-"), nargs="+", default=argparse.SUPPRESS, help=word)
+        elif f.name != "preset" or not presets:
+            switch = dict(nargs="?", const=1) if f.default == 0 and type(f.default) is int else {}
+            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=argparse.SUPPRESS, help=word,
+                                **switch)
     changes = vars(parser.parse_args(argv))
     base = (presets or {}).get(changes.get("preset"), {})
     return Config(**{**base, **changes}), {k: v for k, v in changes.items() if k != "preset"}

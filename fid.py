@@ -126,6 +126,14 @@ def precision_recall(real, fake, k=3):
 # ---- classifier: features without a download --------------------------------------------------------------------
 
 
+def check_images(images, channels, name):
+    """UserError unless images are uint8 (N, C, H, W) with the network's number of channels, or grey."""
+    if images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
+        raise data.UserError(f"features take uint8 images (N, C, H, W), here {images.dtype} {tuple(images.shape)}")
+    if images.shape[1] not in (1, channels):
+        raise data.UserError(f"{name} takes pictures with {channels} channel(s), here {images.shape[1]}")
+
+
 class Classifier(nn.Module):
     """Small CNN: uint8 images (N, C, size, size) -> 128 features -> one linear head per kind of label."""
 
@@ -149,10 +157,7 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def run(self, images, rows=500):
         """uint8 (N, C, H, W), any size -> features (N, 128) and probabilities per head, on the CPU, eval mode."""
-        if images.dtype != torch.uint8 or images.dim() != 4:
-            raise data.UserError(f"features take uint8 images (N, C, H, W), here {images.dtype} {tuple(images.shape)}")
-        if images.shape[1] not in (1, self.channels):
-            raise data.UserError(f"{self.name}: pictures with {images.shape[1]} channels, {self.channels} expected")
+        check_images(images, self.channels, self.name)
         was, h, p = self.training, [], [[] for _ in self.heads]
         self.eval()
         for x in images.split(rows):
@@ -271,6 +276,161 @@ def classifier(name, size, device="cpu"):
         torch.save(dict(state={k: v.cpu() for k, v in net.state_dict().items()}, channels=net.channels, name=net.name,
                         heads=net.heads, accuracy=net.accuracy), part)
     return net
+
+
+# ---- Inception v3, the published FID network --------------------------------------------------------------------
+
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+WEIGHTS_URLS = ["https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS,
+                "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + WEIGHTS[3:]]
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU. Padding keeps the size at stride 1 unless told; stride 2 has none."""
+
+    def __init__(self, i, o, k, stride=1, padding="same"):
+        super().__init__()
+        k = (k, k) if isinstance(k, int) else k
+        p = (k[0] // 2, k[1] // 2) if padding == "same" and stride == 1 else 0
+        self.conv = nn.Conv2d(i, o, k, stride, p, bias=False)
+        self.bn = nn.BatchNorm2d(o, eps=1e-3)                  # torchvision: the same eps, not PyTorch's 1e-5
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+    def fold(self):
+        """W' = W g / sqrt(var + eps), b' = beta - mean g / sqrt(var + eps): the batch norm disappears."""
+        c, bn = self.conv, self.bn
+        s = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        folded = nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding)
+        folded.weight.data = (c.weight.double() * s[:, None, None, None]).float()
+        folded.bias.data = (bn.bias.double() - bn.running_mean.double() * s).float()
+        self.conv, self.bn = folded, nn.Identity()
+
+
+AVG, MAX3, MAX2 = "avg", "max3", "max2"
+POOLS = {AVG: lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),  # torchvision counts the padding too
+         MAX3: lambda x: F.max_pool2d(x, 3, 1, 1), MAX2: lambda x: F.max_pool2d(x, 3, 2)}
+
+
+def table_a(pool):
+    return [[("1x1", 64, 1)], [("5x5_1", 48, 1), ("5x5_2", 64, 5)],
+            [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3)], [AVG, ("_pool", pool, 1)]]
+
+
+def table_c(c):
+    return [[("1x1", 192, 1)], [("7x7_1", c, 1), ("7x7_2", c, (1, 7)), ("7x7_3", 192, (7, 1))],
+            [("7x7dbl_1", c, 1), ("7x7dbl_2", c, (7, 1)), ("7x7dbl_3", c, (1, 7)), ("7x7dbl_4", c, (7, 1)),
+             ("7x7dbl_5", 192, (1, 7))], [AVG, ("_pool", 192, 1)]]
+
+
+def table_e(pool):
+    return [[("1x1", 320, 1)], [("3x3_1", 384, 1), [("3x3_2a", 384, (1, 3)), ("3x3_2b", 384, (3, 1))]],
+            [("3x3dbl_1", 448, 1), ("3x3dbl_2", 384, 3), [("3x3dbl_3a", 384, (1, 3)), ("3x3dbl_3b", 384, (3, 1))]],
+            [pool, ("_pool", 192, 1)]]
+
+
+# block -> branches (joined by channel) -> layers (name, channels, kernel[, stride]) or a pool; a list forks once more
+MIXED = {"5b": table_a(32), "5c": table_a(64), "5d": table_a(64),
+         "6a": [[("3x3", 384, 3, 2)], [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3, 2)], [MAX2]],
+         "6b": table_c(128), "6c": table_c(160), "6d": table_c(160), "6e": table_c(192),
+         "7a": [[("3x3_1", 192, 1), ("3x3_2", 320, 3, 2)], [("7x7x3_1", 192, 1), ("7x7x3_2", 192, (1, 7)),
+                ("7x7x3_3", 192, (7, 1)), ("7x7x3_4", 192, 3, 2)], [MAX2]],
+         "7b": table_e(AVG), "7c": table_e(MAX3)}              # 7c: torchvision has an average pool there too
+
+
+class Mixed(nn.Module):
+    """One Inception block from its table: every branch sees x, the results are joined along the channels."""
+
+    def __init__(self, i, branches):
+        super().__init__()
+        self.branches, self.out = branches, 0
+        for branch in branches:
+            c = i
+            for layer in branch:
+                fork = layer if isinstance(layer, list) else [layer] if isinstance(layer, tuple) else []
+                for name, o, *shape in fork:
+                    self.add_module("branch" + name, Conv(c, o, *shape))
+                c = sum(l[1] for l in fork) or c
+            self.out += c
+
+    def forward(self, x):
+        return torch.cat([self.follow(branch, x) for branch in self.branches], 1)
+
+    def follow(self, branch, h):
+        for layer in branch:
+            if isinstance(layer, list):
+                h = torch.cat([self.follow([one], h) for one in layer], 1)
+            else:
+                h = POOLS[layer](h) if isinstance(layer, str) else getattr(self, "branch" + layer[0])(h)
+        return h
+
+
+class Inception(nn.Module):
+    """Inception v3 (Szegedy 2016) as ported from the TensorFlow graph of 2015-12-05 that published FIDs use.
+
+    23,850,960 parameters. Differs from torchvision's: see the three comments on pools; 1008 classes; no auxiliary head;
+    pictures are resized to 299 x 299 bilinearly without antialiasing and scaled to [-1, 1]."""
+    name = "inception"
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
+        c = 192
+        for block, branches in MIXED.items():
+            mixed = Mixed(c, branches)
+            self.add_module(f"Mixed_{block}", mixed)
+            c = mixed.out
+        self.fc = nn.Linear(c, 1008)
+        self.eval().requires_grad_(False)
+
+    def blocks(self, x):
+        """(N, 3, 299, 299) in [-1, 1] -> [(N, 64, 73, 73), (N, 192, 35, 35), (N, 768, 17, 17), (N, 2048)]."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        out = [F.max_pool2d(x, 3, 2)]
+        out.append(F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(out[0])), 3, 2))
+        x = out[1]
+        for block in MIXED:
+            x = getattr(self, f"Mixed_{block}")(x)
+            out += [x] if block == "6e" else []
+        return out + [x.float().mean((2, 3))]
+
+    def forward(self, x):
+        """(N, 3, 299, 299) in [-1, 1] -> the 2048 features FID is defined on (N, 2048)."""
+        return self.blocks(x)[-1]
+
+    def prepare(self, images):
+        """uint8 (N, 1 or 3, H, W) -> (N, 3, 299, 299) in [-1, 1]."""
+        x = images.to(self.fc.weight.device).float().expand(-1, 3, -1, -1) / 255
+        x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
+        return (2 * x - 1).to(self.fc.weight.dtype)
+
+    @torch.no_grad()
+    def features(self, images, rows=32):
+        """uint8 images (N, 1 or 3, H, W) of any size -> float32 (N, 2048) on the CPU."""
+        check_images(images, 3, self.name)
+        return torch.cat([self(self.prepare(x)).float().cpu() for x in images.split(rows)])
+
+    def load_published(self, state):
+        """Takes the published state dict (with or without num_batches_tracked), folds the batch norms, channels_last."""
+        if isinstance(self.Conv2d_1a_3x3.bn, nn.Identity):
+            self.__init__()                                    # folded before: the published names need their layers
+        try:
+            self.load_state_dict(dict(state))                  # a plain dict has no version: counters may be missing
+        except RuntimeError as e:
+            raise data.UserError(f"not the published FID Inception: {str(e).splitlines()[1].strip()[:200]}") from None
+        for m in self.modules():
+            if isinstance(m, Conv):
+                m.fold()
+        return self.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+# ---- scores of a run ----------------------------------------------------------------------------------------------
 
 
 def score(net, real, fake, other_real):

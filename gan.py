@@ -505,7 +505,7 @@ def train(cfg, images, labels, out, device):
         if cfg.ema:
             average(G_ema, G, cfg.ema)
 
-        if step % cfg.log_every == 0 or step == cfg.steps or step == start + 1:      # the only place that waits for the device
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):      # the only place that waits for the device
             with torch.no_grad():
                 row = {"D": loss_D, "G": loss_G, "D(x)": probability(real.float()).mean(),
                        "z1": probability(fake.float()).mean(), "z2": probability(fake2.float()).mean(),
@@ -518,7 +518,7 @@ def train(cfg, images, labels, out, device):
                 row = dict(zip(row, torch.stack([v.float() for v in row.values()]).tolist()))
                 weights = torch.stack([p.sum() for net in (G, D) for p in net.parameters()]).isfinite().all().item()
             if not (weights and np.isfinite(list(row.values())).all()):
-                raise UserError(f"a loss, gradient or weight is not finite at step {step}; the last good checkpoint is in "
+                raise UserError(f"a loss, gradient or weight is not finite, seen at step {step}; the last good checkpoint is in "
                                 f"{out}: try a lower --lr, --gp or --loss lsgan")
             log.write(step, (step - marked) * cfg.batch / (time.monotonic() - mark), **row)
             mark, marked = time.monotonic(), step
@@ -654,7 +654,7 @@ def evaluate(cfg, G, D, step, log, source, out, device):
         y = torch.tensor([parse_prompt(cfg.prompt)]).expand(8)
         data.sheet([sample(G, 8, cfg, device, y)], out / "prompt.png", title=cfg.prompt)
         return print(f"wrote {out / 'prompt.png'}: {cfg.prompt}")
-    wrote = [interpolate(G, cfg, device, out / "interpolation.png")]
+    wrote = [] if cfg.show == "metrics" else [interpolate(G, cfg, device, out / "interpolation.png")]
     if cfg.show == "interp":
         return print(f"wrote {wrote[0]}")
     if cfg.dump:

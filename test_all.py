@@ -1,0 +1,448 @@
+"""Tests: every equation against a closed form or a reference, every promise tried. `make test`; no network is needed.
+
+Real data and reference numbers are used where ../shared (or DATA_DIR) has them and skipped elsewhere. Each test was
+seen to fail with the code it guards broken. `python -m pytest -k kill --kills 30` is the long form of the kill test.
+"""
+import contextlib, dataclasses, functools, http.server, importlib.util, io, json, math, os, pickle, random, re, shutil, signal, struct
+import subprocess, sys, tarfile, threading, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent
+SHARED = ROOT.parent / "shared"
+REAL = os.environ.get("DATA_DIR") or (str(SHARED / "data") if (SHARED / "data").is_dir() else "")
+os.environ.pop("DATA_DIR", None)
+
+import data
+import fid
+import gan
+
+
+def golden(name):
+    """Reference numbers, or a skip where they are not at hand."""
+    path = SHARED / "golden" / name
+    if not path.exists():
+        pytest.skip(f"no {name} here")
+    return json.loads(path.read_text())
+
+
+def recipe():
+    """The module that defines the reference weights."""
+    golden("metrics.json")
+    spec = importlib.util.spec_from_file_location("recipe", SHARED / "golden" / "recipe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """The folder of real data sets as DATA_DIR."""
+    if not REAL:
+        pytest.skip("no real data here; set DATA_DIR")
+    monkeypatch.setenv("DATA_DIR", REAL)
+    return Path(REAL)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A downloads folder with small built-in sets and quickly trained classifiers, so that a run takes seconds."""
+    folder = data.DOWNLOADS = tmp_path_factory.mktemp("home") / "downloads"
+    os.environ["DOWNLOADS"] = str(folder)
+    for name, split, n, first in (("digits", "train", 2000, 1), ("digits", "test", 1000, 2), ("faces-a", "train", 600, 0),
+                                  ("faces-b", "train", 600, 10_000), ("faces-a", "test", 1000, 20_000),
+                                  ("faces-b", "test", 1000, 20_000)):
+        data.cached(f"{name}-32-{split}", lambda: data.draw_digits(n, first, 32) if name == "digits" else
+                    data.draw_faces(name[-1], n, first, 32))
+    whole = fid.train_classifier
+    fid.train_classifier = functools.partial(whole, steps=60)
+    for name in ("digits", "faces-a", "faces-b"):
+        fid.classifier(name, 32)
+    fid.train_classifier = whole
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(home, tmp_path, monkeypatch):
+    """Every test runs in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words, code=0, script="gan.py", **env):
+    """A script as a user starts it; asserts its exit code and returns (stdout, stderr)."""
+    r = subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], capture_output=True, text=True, timeout=240,
+                       env={**os.environ, **env})
+    assert r.returncode == code, r.stdout[-2000:] + r.stderr[-2000:]
+    return r.stdout, r.stderr
+
+
+def one_line(err, *words):
+    """An error message is one line that names what is wrong."""
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    for w in words:
+        assert w in err, err
+
+
+TINY = ["--data", "digits", "--h", 4, "--batch", 16, "--samples", 300, "--log-every", 5, "--sample-every", 5]
+
+
+def tiny(preset="dcgan", **changes):
+    """A Config that trains in a blink."""
+    base = dict(gan.PRESETS[preset], preset=preset, h=4, batch=16, samples=300, log_every=5, sample_every=5, steps=10, amp=0)
+    return gan.Config(**{**base, **changes})
+
+
+def train_tiny(cfg, out, **kw):
+    """gan.train on the small built-in sets."""
+    name = "digits" if cfg.channels == 1 else "faces-a"
+    x, y, _ = data.load(name, 32)
+    x = x if cfg.size == 32 else data.fit(x, cfg.size)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return gan.train(cfg, x, y, Path(out), torch.device("cpu"))
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+# ---- gan.py: networks ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("z, h, g, d", [(16, 16, 57_937, 42_432), (100, 16, 143_953, 42_432), (16, 100, 1_706_101, 1_609_200),
+                                        (100, 100, 2_243_701, 1_609_200)])
+def test_dcgan_parameters(z, h, g, d):
+    G, D = gan.build("dcgan", z=z, h=h)
+    assert (count(G), count(D)) == (g, d)
+    assert G(torch.randn(2, z)).shape == (2, 1, 32, 32) and D(torch.randn(2, 1, 32, 32)).shape == (2,)
+
+
+def test_parameters_of_the_other_systems():
+    G, D = gan.build("emoji")
+    assert (count(G), count(D), count(gan.build("emoji", h=64)[1])) == (467_488, 262_048, 1_036_096)
+    assert count(gan.build("emoji", net="emoji-k4")[0]) == 463_648
+    sizes = lambda net: [p.numel() for m in net.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d))
+                         for p in [torch.cat([q.flatten() for q in m.parameters()])]]
+    G, D = gan.build("anime")
+    assert sizes(G) == [819_200, 1024, 2_097_152, 512, 524_288, 256, 131_072, 128, 3072] and count(G) == 3_576_704
+    assert sizes(D) == [3072, 131_072, 256, 524_288, 512, 2_097_152, 1024, 8192] and count(D) == 2_765_568
+    assert gan.build("cwgan")[0].layers[0].in_channels == 110 and gan.build("cwgan")[1].layers[0].in_channels == 11
+
+
+@pytest.mark.parametrize("preset", list(gan.PRESETS) + ["emoji-k4"])
+def test_every_preset_makes_pictures_and_logits(preset):
+    cfg = gan.Config(**gan.PRESETS.get(preset, dict(gan.EMOJI, net=preset)))
+    G, D = gan.networks(dataclasses.replace(cfg, h=4))
+    c = gan.one_hot(torch.tensor([1, 7]), cfg.classes) if cfg.cond != "none" else None
+    x = G(gan.draw_z(2, cfg, "cpu"), c)
+    assert x.shape == (2, cfg.channels, cfg.size, cfg.size) and x.abs().max() <= 1
+    out = D(x, c)
+    assert (out[0].shape, out[1].shape) == ((2,), (2, 23)) if cfg.cond == "ac" else out.shape == (2,)
+
+
+def test_padding_formula_of_the_course():
+    pads = [math.ceil(((y - 1) * 2 + 5 - x) / 2) for x, y in ((32, 16), (16, 8), (8, 4), (4, 1))]
+    assert pads == [m.padding[0] for m in gan.build("emoji")[1].layers if isinstance(m, nn.Conv2d)] == [2, 2, 2, 1]
+
+
+def test_initialisation():
+    G, _ = gan.build("dcgan", z=100, h=100)
+    w, bn = G.layers[3].weight, G.layers[4]
+    assert abs(w.std().item() - .02) < 5e-4 and abs(bn.weight.mean().item() - 1) < .01 and bn.bias.abs().max() == 0
+
+
+def test_bn_act_and_raw_switches():
+    kinds = lambda net: {type(m) for m in net.modules()}
+    for bn, g, d in (("both", 1, 1), ("G", 1, 0), ("D", 0, 1), ("none", 0, 0)):
+        G, D = gan.build("anime", bn=bn, h=4)
+        assert (nn.BatchNorm2d in kinds(G), nn.BatchNorm2d in kinds(D)) == (g, d)
+    G, D = gan.build("dcgan", act="selu")
+    assert nn.SELU in kinds(G) and nn.SELU in kinds(D) and nn.LeakyReLU not in kinds(D)
+    assert nn.Tanh not in kinds(gan.build("anime", raw=1, h=4)[0])
+
+
+def test_noise_laws():
+    z = lambda noise: gan.draw_z(5000, gan.Config(noise=noise), "cpu")
+    assert abs(z("normal").std() - 1) < .02
+    assert z("uniform").min() < -.99 and abs(z("uniform").mean()) < .02 and abs(z("uniform").std() - 3 ** -.5) < .01
+    assert 0 <= z("uniform01").min() and abs(z("uniform01").mean() - .5) < .01
+
+
+# ---- gan.py: losses and regularisers ---------------------------------------------------------------------------------
+
+REAL_LOGITS, FAKE_LOGITS = torch.tensor([.3, -2., 4., 30.]), torch.tensor([-.7, .2, 1.5, -40.])
+
+
+def test_bce_on_logits_is_sigmoid_then_bce_in_value_and_gradient():
+    r, f = (t.clone()[:3].double().requires_grad_() for t in (REAL_LOGITS, FAKE_LOGITS))
+    ours = torch.autograd.grad(gan.d_bce(r, f), (r, f))
+    ref = F.binary_cross_entropy(r.sigmoid(), torch.ones(3).double()) + F.binary_cross_entropy(f.sigmoid(), torch.zeros(3).double())
+    assert torch.allclose(gan.d_bce(r, f), ref, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, torch.autograd.grad(ref, (r, f))))
+    assert gan.d_bce(torch.tensor([-200.]), torch.tensor([200.])) == 400          # no -inf where sigmoid rounds to 0
+
+
+def test_losses_against_closed_forms():
+    r, f = REAL_LOGITS.double(), FAKE_LOGITS.double()
+    forms = {"bce": (-(r.sigmoid().log()).mean() - (1 - f.sigmoid()).log().mean(), -f.sigmoid().log().mean()),
+             "saturating": (-(r.sigmoid().log()).mean() - (1 - f.sigmoid()).log().mean(), (1 - f.sigmoid()).log().mean()),
+             "lsgan": (((r - 1) ** 2).sum() / 8 + (f ** 2).sum() / 8, ((f - 1) ** 2).sum() / 4),
+             "wgan": (f.mean() - r.mean(), -f.mean()),
+             "hinge": ((1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean(), -f.mean())}
+    assert forms.keys() == gan.LOSSES.keys()
+    for name, (d, g) in forms.items():
+        assert torch.allclose(gan.LOSSES[name][0](r, f), d) and torch.allclose(gan.LOSSES[name][1](f), g), name
+
+
+def test_losses_at_their_stationary_points_and_starts():
+    zero, half = torch.zeros(8), torch.full((8,), .5)
+    assert abs(gan.d_bce(zero, zero) - 2 * math.log(2)) < 1e-6 and abs(gan.g_bce(zero) - math.log(2)) < 1e-6
+    assert gan.d_lsgan(half, half) == .25 and gan.g_lsgan(half) == .25 and gan.d_hinge(zero, zero) == 2
+    # with p_real = p_fake the best D is constant: logit 0 for BCE, 1/2 for least squares (Goodfellow prop. 1, Mao eq. 4)
+    for loss, best in ((gan.d_bce, 0.), (gan.d_lsgan, .5)):
+        t = torch.full((4,), best, requires_grad=True)
+        assert torch.autograd.grad(loss(t, t), t)[0].abs().max() < 1e-7
+    t = torch.tensor([-8.], requires_grad=True)                     # D is sure: the log D trick keeps its gradient
+    assert torch.autograd.grad(gan.g_saturating(t), t)[0].abs() < 1e-3 < .99 < torch.autograd.grad(gan.g_bce(t), t)[0].abs()
+
+
+def test_losses_are_means_over_the_batch():
+    for d, g in gan.LOSSES.values():
+        assert torch.allclose(d(REAL_LOGITS, FAKE_LOGITS), d(REAL_LOGITS.repeat(3), FAKE_LOGITS.repeat(3)))
+        assert torch.allclose(g(FAKE_LOGITS), g(FAKE_LOGITS.repeat(3)))
+
+
+def test_gradient_penalties_of_a_linear_critic():
+    w = torch.randn(3, 8, 8) * .1
+    D = lambda x: (x * w).sum((1, 2, 3))
+    x, x_fake = torch.randn(2, 5, 3, 8, 8)
+    assert torch.allclose(gan.gradient_penalty(D, x, x_fake), (w.norm() - 1) ** 2, atol=1e-5)
+    assert torch.allclose(gan.r1_penalty(D, x), w.norm() ** 2 / 2, atol=1e-5)
+    w.requires_grad_()
+    assert torch.autograd.grad(gan.gradient_penalty(lambda x: (x * w).sum((1, 2, 3)), x, x_fake), w)[0].abs().sum() > 0
+
+
+def test_gradient_penalty_interpolates_with_eps_and_one_minus_eps():
+    seen = []
+    gan.gradient_penalty(lambda x: seen.append(x) or x.sum((1, 2, 3)), torch.full((200, 1, 2, 2), 1.), torch.full((200, 1, 2, 2), 3.))
+    a = seen[0].detach().flatten(1)
+    assert 1 <= a.min() < 1.1 and 2.9 < a.max() <= 3                 # eps and eps would give 4 eps: 0 .. 4
+    assert a.std(1).max() == 0 and a[:, 0].std() > .3               # one eps an image, another for the next
+
+
+def test_spectral_norm():
+    for layer in (nn.Conv2d(8, 16, 3), nn.Linear(30, 20)):
+        W = layer.weight.detach().flatten(1).clone()
+        nn.utils.parametrize.register_parametrization(layer, "weight", gan.SpectralNorm(layer.weight, iterations=1))
+        for _ in range(200):                                         # training mode: one iteration a pass
+            layer.weight
+        ours = layer.weight.detach().flatten(1)
+        sigma = torch.linalg.svdvals(W)[0]
+        assert torch.allclose(ours, W / sigma, rtol=1e-4, atol=1e-7) and abs(torch.linalg.svdvals(ours)[0] - 1) < 1e-4
+        u = layer.parametrizations.weight[0].u.clone()
+        layer.eval().weight
+        assert torch.equal(u, layer.parametrizations.weight[0].u)    # eval mode leaves u alone
+    G, D = gan.build("anime", sn=1, h=4)
+    (D(torch.randn(2, 3, 64, 64)) - D(torch.randn(2, 3, 64, 64))).sum().backward()       # two passes, one backward
+    assert sum("original" in n for n, _ in D.named_parameters()) == 5
+
+
+def test_clipping_bounds_every_weight():
+    D = gan.build("wgan", h=4)[1]
+    gan.clip_weights(D, .01)
+    assert max(p.abs().max() for p in D.parameters()) <= .01
+    cfg = tiny("cwgan-clip", size=28, classes=10, steps=3, d_steps=2)
+    D = train_tiny(cfg, "w")[2]
+    assert max(p.abs().max() for p in D.parameters()) <= .01
+
+
+def test_auxiliary_classifier_loss():
+    logits, y = torch.randn(6, 23), torch.tensor([0, 5, 131, 60, 11, 12])
+    ref = F.nll_loss(logits[:, :12].log_softmax(1), y // 11) + F.nll_loss(logits[:, 12:].log_softmax(1), y % 11)
+    assert torch.allclose(gan.ac_loss(logits, y, 132), ref, atol=1e-6)
+    assert gan.one_hot(y, 132).sum(1).eq(2).all() and gan.one_hot(y, 132)[2, 11] == 1 == gan.one_hot(y, 132)[2, 22]
+
+
+def test_condition_planes_are_constant_images():
+    cfg = gan.Config(**gan.PRESETS["cwgan"])
+    D, seen = gan.networks(cfg)[1], []
+    D.layers.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    D(torch.zeros(2, 1, 28, 28), gan.one_hot(torch.tensor([3, 9]), 10))
+    assert seen[0].shape == (2, 11, 28, 28) and seen[0][0, 4].eq(1).all() and seen[0].sum() == 2 * 28 * 28
+
+
+# ---- gan.py: the training loop ---------------------------------------------------------------------------------------
+
+def test_loop_order_detach_and_real_labels(monkeypatch):
+    """Spies: D sees real, detached fake, then attached fake; the class loss sees the first and the last of them."""
+    calls, classes, batches = [], [], []
+    whole, ac = gan.Discriminator.forward, gan.ac_loss
+
+    def forward(self, x, c=None):
+        out = whole(self, x, c)
+        calls.append((x.requires_grad, x.detach(), out[1]))
+        return out
+    monkeypatch.setattr(gan.Discriminator, "forward", forward)
+    monkeypatch.setattr(gan, "ac_loss", lambda l, y, k: classes.append(l) or ac(l, y, k))
+    cfg = tiny("text2img", size=64, steps=2, d_steps=2, h=2)
+    train_tiny(cfg, "a")
+    assert [c[0] for c in calls] == [False, False, False, False, True] * 2
+    assert not torch.equal(calls[0][1], calls[2][1])                 # the second D step draws new real pictures
+    assert torch.equal(calls[3][1], calls[4][1])                     # G's turn: the same fakes
+    assert [next(i for i, c in enumerate(calls) if torch.equal(l, c[2])) for l in classes] == [0, 2, 4, 5, 7, 9]
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(ema=.9, r1=1., r1_every=2, bn="G", loss="hinge", sn=1), dict(amp=1)])
+def test_resumed_training_is_uninterrupted_training_bit_for_bit(changes):
+    whole = train_tiny(tiny(**changes), "whole")
+    with pytest.raises(KeyboardInterrupt):                           # Ctrl-C after step 5
+        write = data.Log.write
+        try:
+            data.Log.write = lambda self, step, *a, **k: write(self, step, *a, **k) or (step == 5 and os.kill(os.getpid(), signal.SIGINT))
+            train_tiny(tiny(**changes), "cut")
+        finally:
+            data.Log.write = write
+    parts = train_tiny(tiny(resume=1, **changes), "cut")
+    for a, b in zip(whole[:3], parts[:3]):
+        assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    strip = lambda f: [r.rsplit(",", 1)[0] for r in Path(f, "log.csv").read_text().splitlines()]
+    assert strip("whole") == strip("cut")
+    assert Path("whole/000010.png").read_bytes() == Path("cut/000010.png").read_bytes()
+
+
+def test_sampling_uses_running_statistics_and_leaves_the_state_alone():
+    cfg = tiny()
+    G = gan.networks(cfg)[0]
+    before, rng = {k: v.clone() for k, v in G.state_dict().items()}, torch.get_rng_state()
+    S = gan.sampler(G, G, cfg, torch.device("cpu"))
+    a, b = gan.sample(S, 8, cfg, "cpu"), gan.sample(S, 8, cfg, "cpu")
+    assert torch.equal(a, b) and a.dtype == torch.uint8 and torch.equal(rng, torch.get_rng_state()) and G.training
+    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())
+    one = gan.sample(S, 1, cfg, "cpu", z=gan.draw_z(8, cfg, "cpu", torch.Generator().manual_seed(1))[:1])
+    assert torch.equal(one[0], a[0])                                 # eval mode: an image does not depend on its batch
+
+
+def test_averaged_generator():
+    cfg = tiny(ema=.75)
+    torch.manual_seed(0)
+    G, H = gan.networks(cfg)[0], gan.networks(cfg)[0]
+    p, q = G.layers[0].weight.detach().clone(), H.layers[0].weight.detach().clone()
+    gan.average(H, G, .75)
+    assert torch.allclose(H.layers[0].weight, .75 * q + .25 * p)
+    S = gan.sampler(G, H, cfg, torch.device("cpu"))                  # its statistics are those of its own activations
+    x = gan.draw_z(4000, cfg, "cpu")
+    with torch.no_grad():
+        h = S.layers[0](x.view(-1, 16, 1, 1))
+    assert torch.allclose(S.layers[1].running_mean, h.mean((0, 2, 3)), atol=.02 * h.std().item() * 4)
+    assert torch.allclose(S.layers[1].running_var, h.var((0, 2, 3)), rtol=.1)
+
+
+def test_interpolation_ends_are_the_pair(monkeypatch):
+    cfg, seen = tiny(), []
+    monkeypatch.setattr(data, "sheet", lambda rows, path, **k: seen.append((rows, k)))
+    G = gan.networks(cfg)[0].eval()
+    gan.interpolate(G, cfg, "cpu", "i.png")
+    (rows, words), z = seen[0], gan.draw_z(12, cfg, "cpu", torch.Generator().manual_seed(2))
+    assert len(rows) == 6 and all(len(r) == 14 for r in rows) and words["marks"] == [0, 1, 12, 13]
+    assert torch.equal(rows[0][2], gan.sample(G, 1, cfg, "cpu", z=z[:1])[0])
+    assert torch.equal(rows[0][11], gan.sample(G, 1, cfg, "cpu", z=z[1:2])[0])
+
+
+def test_prompts():
+    assert gan.parse_prompt("blue hair green eyes") == 11 * data.HAIR.index("blue") + data.EYES.index("green")
+    assert gan.parse_prompt("Grey eyes, brown hair") == 11 * data.HAIR.index("brown") + data.EYES.index("gray")
+    for bad in ("beige hair green eyes", "blue hair", ""):
+        with pytest.raises(data.UserError, match="orange white aqua"):
+            gan.parse_prompt(bad)
+
+
+def test_saturation_spread_and_worst_pair():
+    x = torch.tensor([[1., -1, -1], [0, 0, 0], [1, 1, -1]])[:, :, None, None].expand(3, 3, 4, 4)
+    assert torch.allclose(gan.saturation(x), torch.tensor(2 / 3)) and gan.spread(torch.ones(4, 1, 2, 2)) == 0
+    assert gan.worst_pair(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), ["blue", "green"]) == "blue taken for green 50% of the time"
+
+
+def test_a_run_writes_what_it_promises(home):
+    out, _ = run("dcgan", *TINY, "--steps", 12, "--dump", 20)
+    folder = Path("out/dcgan-datadigits-h4-batch16")
+    for f in ("000001.png", "000012.png", "log.csv", "curves.png", "training.gif", "last.pt", "result.json", "interpolation.png",
+              "classes.png", "samples.npy"):
+        assert (folder / f).exists(), f
+    assert np.load(folder / "samples.npy").shape == (20, 32, 32, 1) and "FID" in out.splitlines()[-1] and "floor" in out
+    r = json.loads((folder / "result.json").read_text())
+    assert r["parameters"]["G"] == count(gan.build("dcgan", h=4)[0]) and r["metrics"]["n"] == 300 and r["data"]["sha256"]
+    before = (folder / "last.pt").read_bytes()
+    one_line(run("dcgan", *TINY, "--steps", 12, code=2)[1], "--resume 1", "--overwrite 1")
+    assert run("dcgan", *TINY, "--steps", 0, "--show", "interp")[0].count("step ") == 0
+    one_line(run("dcgan", *TINY, "--steps", 12, "--z", 7, "--out", folder, "--resume", 1, code=2)[1], "--z 16")
+    one_line(run("course", *TINY, "--out", folder, "--resume", 1, code=2)[1], "trained with")
+    assert (folder / "last.pt").read_bytes() == before
+    assert not list(Path(".").rglob("*.part"))
+
+
+def test_text_to_image_and_conditional_runs(home):
+    small = ["--h", 4, "--batch", 8, "--samples", 300, "--steps", 3, "--data", "faces-a", "--net", "emoji", "--size", 32, "--out", "o/t"]
+    out, _ = run("text2img", *small)
+    assert "hair" in out and "eyes" in out and "taken for" in out and Path("o/t/conditions.png").exists()
+    assert "prompt.png" in run("text2img", *small, "--resume", 1, "--prompt", "blue hair green eyes")[0]
+    one_line(run("text2img", *small, "--resume", 1, "--prompt", "beige hair red eyes", code=2)[1], "orange white aqua")
+
+
+def test_training_learns_digits():
+    """300 steps bring the FID on classifier features under a third of the untrained generator's."""
+    cfg = gan.Config(data="digits", steps=300, sample_every=300, log_every=300)
+    x, y, _ = data.load("digits", 32)
+    Path("l").mkdir()
+    torch.manual_seed(0)
+    untrained = gan.networks(cfg)[0].eval()
+    G = gan.train(cfg, x, y, Path("l"), torch.device("cpu"))[0].eval()
+    net = fid.classifier("digits", 32)
+    real = net.features(x)
+    before, after = (fid.fid(real, net.features(gan.sample(g, 1000, cfg, "cpu"))) for g in (untrained, G))
+    assert after < before / 3, (before, after)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["dcgan", "--stepz", 3], "--stepz"), (["nogan"], "nogan"), (["dcgan", "--z", 0], "--z"), (["dcgan", "--lr", "fast"], "--lr"),
+    (["dcgan", "--loss", "nice"], "bce"), (["dcgan", "--size", 64], "32 x 32"), (["dcgan", "--prompt", "blue hair red eyes"], "text2img"),
+    (["dcgan", "--data", "nowhere"], "nowhere"), (["dcgan", "--data", "digits", "--out", "/proc/x"], "--out"),
+    (["dcgan", "--data", "digits", "--steps", 0, "--resume", 1], "train first"), (["dcgan", "--batch", 1], "batch"),
+    (["cwgan", "--data", "plain", "--channels", 3], "labels"), (["dcgan", "--device", "tpu9"], "cpu")])
+def test_wrong_words_are_one_line_and_exit_2(words, says):
+    Path("plain").mkdir()
+    for i in range(30):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(f"plain/{i}.png")
+    before = sorted(Path(".").rglob("*"))
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as e:
+        data.run_main(lambda: gan.main(list(map(str, words))))
+    one_line(err.getvalue(), says)
+    assert e.value.code == 2 and sorted(Path(".").rglob("*")) == before
+
+
+def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(monkeypatch):
+    loss = gan.LOSSES["bce"]
+    train_tiny(tiny(steps=5), "n")
+    good = Path("n/last.pt").read_bytes()
+    monkeypatch.setitem(gan.LOSSES, "bce", (lambda r, f: loss[0](r, f) * float("nan"), loss[1]))
+    with pytest.raises(data.UserError, match="not finite, seen at step 10.*--lr"):
+        train_tiny(tiny(resume=1), "n")
+    assert Path("n/last.pt").read_bytes() == good
+
+
+def test_odd_data_work(monkeypatch):
+    """Zero-variance images, fewer images than the batch, one class only."""
+    x = torch.full((3, 1, 32, 32), 7, dtype=torch.uint8)
+    Path("z").mkdir()
+    G = gan.train(tiny(steps=2), x, torch.zeros(3, dtype=torch.long), Path("z"), torch.device("cpu"))[0]
+    assert all(p.isfinite().all() for p in G.parameters())
+
+
+def test_no_field_of_the_config_is_dead():
+    source = (ROOT / "gan.py").read_text()
+    for f in dataclasses.fields(gan.Config):
+        assert re.search(rf"cfg\.{f.name}\b", source.split("# ---- networks")[1]) or f'"{f.name}"' in source.split("# ---- networks")[1], f.name
+    assert set(data.comments(gan.Config)) == {f.name for f in dataclasses.fields(gan.Config)}
