@@ -254,7 +254,7 @@ def cycle_loss(x, x_back):
 
 def kl(mu):
     """E mu^2: twice KL(N(mu, I) | N(0, I)) for one number of the latent, Liu 2017 eq. 5, as UNIT 0.2 weighs it."""
-    return (mu ** 2).mean()
+    return (mu.float() ** 2).mean()
 
 
 def weights(cfg):

@@ -1,9 +1,16 @@
 """FID, KID, precision and recall, with a hand-written matrix square root, and the networks whose features they compare."""
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -266,7 +273,7 @@ def classifier(name, size, device="cpu"):
     start = time.time()
     with torch.random.fork_rng(devices=[]):                                # the caller's random state stays as it was
         torch.manual_seed(0)
-        net = Classifier(images.shape[1], size, heads, f"classifier-{tag}").to(device)
+        net = Classifier(images.shape[1], size, heads, path.stem).to(device)
         train_classifier(net, images, labels, flip=heads == (12, 11))
     net.accuracy = accuracy(net.eval(), test[0], test[1])
     kind = "rotation" if labels is None else "test"
@@ -446,5 +453,442 @@ def score(net, real, fake, other_real):
 
 def line(s):
     """`FID 12.3 (classifier-mnist, n = 10000, real-vs-real floor 0.4)` from score's dict: never a bare FID."""
-    at = "" if s["floor_n"] == s["n"] else f" at n = {s['floor_n']}"
-    return f"FID {s['fid']:.3g} ({s['features']}, n = {s['n']}, real-vs-real floor {s['floor']:.2g}{at})"
+    n = s["n"] if s["n_real"] in (s["n"], 0) else f"{s['n_real']} real, {s['n']}"
+    floor = f", real-vs-real floor {s['floor']:.2g}" if "floor" in s else ""
+    at = f" at n = {s['floor_n']}" if floor and s["floor_n"] != s["n"] else ""
+    return f"FID {s['fid']:.3g} ({s['features']}, n = {n or 'unknown'}{floor}{at})"
+
+# ---- statistics: what is known of one side of a comparison ------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Stats:
+    """A Gaussian fitted to features: mean (d,), factor (d, r) of its covariance, n (0: unknown), and the features."""
+    name: str
+    features: str
+    n: int
+    mu: torch.Tensor
+    root: torch.Tensor
+    x: torch.Tensor = None                                                 # (n, d), unknown in saved statistics
+
+
+def save_stats(path, s):
+    """Writes mu, sigma (as pytorch-fid does), and the root, n and feature name, so that the next FID is cheaper."""
+    with data.atomic(path) as part, open(part, "wb") as f:
+        np.savez(f, mu=s.mu.numpy(), sigma=(s.root @ s.root.T).numpy(), root=s.root.numpy(), n=s.n, features=s.features)
+
+
+def load_stats(path):
+    """npz written by save_stats or by pytorch-fid (mu, sigma) -> Stats. Errors: UserError when it is neither."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            held = {k: f[k] for k in f.files}
+    except FileNotFoundError:
+        raise data.UserError(f"there is no {path}; write one with --save") from None
+    except Exception as e:                                                 # damaged zips raise nearly anything
+        raise data.UserError(f"{path} is no readable npz ({type(e).__name__}); write it again with --save") from None
+    if not {"mu", "sigma"} <= set(held):
+        raise data.UserError(f"{path} lacks mu or sigma (it holds: {', '.join(held) or 'nothing'}); write one with --save")
+    mu, sigma = float64(held["mu"]), float64(held["sigma"])
+    if mu.dim() != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise data.UserError(f"{path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} are no finite mean and covariance")
+    root = float64(held["root"]) if "root" in held else factor(sigma)
+    return Stats(str(path), str(held.get("features", "inception")), int(held.get("n", 0)), mu, root)
+
+
+def same_features(name1, features1, name2, features2):
+    """UserError unless both sides were seen by one network."""
+    if features1 != features2:
+        raise data.UserError(f"{name1} holds {features1} features, {name2} {features2}: measure both with one network")
+
+
+# ---- sources: folders, data sets, runs -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Source:
+    """n pictures that are read in chunks: read(indices) -> list of uint8 (C, H, W)."""
+    name: str
+    n: int
+    channels: int
+    read: object
+    size: int = 0                                                          # side of its pictures, 0: they vary
+    data: str = ""                                                         # data set it belongs to
+    skipped: int = 0
+
+
+def from_folder(folder, cfg):
+    """Every picture under a folder, grey if a sample of 32 of them is; decoded when its turn comes."""
+    files = data.pictures(folder)
+    source = Source(str(folder), len(files), 3, None, data=str(folder))
+
+    def grey(path):
+        with contextlib.suppress(Exception), Image.open(path) as im:
+            return im.mode in ("1", "L", "LA", "I;16", "I")
+        return True                                                        # broken: read() will say so
+    source.channels = 1 if all(grey(f) for f in files[::max(1, len(files) // 32)]) else 3
+
+    def read(indices):
+        pictures = []
+        for i in indices:
+            try:
+                pictures.append(data.read_picture(files[i], source.channels))
+            except data.UserError as e:
+                if not cfg.skip_broken:
+                    raise data.UserError(f"{e}, or go on without it: --skip-broken 1") from None
+                source.skipped += 1
+        return pictures
+    source.read = read
+    return source
+
+
+def from_array(path, name, kind=""):
+    """samples.npy (uint8 N x H x W x C), read from the disk chunk by chunk."""
+    try:
+        a = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise data.UserError(f"{path} is no readable npy ({e})") from None
+    if a.dtype != np.uint8 or a.ndim != 4 or a.shape[3] not in (1, 3):
+        raise data.UserError(f"{path}: {a.dtype} {a.shape}; wanted: uint8 N x H x W x 1 or 3")
+    return Source(str(name), len(a), a.shape[3], lambda i: list(torch.from_numpy(a[i]).permute(0, 3, 1, 2)), a.shape[1], kind)
+
+
+def from_run(path, cfg):
+    """Samples of a run of gan.py: its samples.npy, or if that is missing, short or old, written now by gan.py itself."""
+    folder = path if path.is_dir() else path.parent
+    samples, last, wanted, kind = folder / "samples.npy", folder / "last.pt", cfg.n or 10_000, ""
+    if last.exists():
+        config = data.load_checkpoint(last).get("config", {})
+        if "preset" not in config:
+            raise data.UserError(f"{last} is no checkpoint of gan.py; dump the samples as {samples} (uint8 N x H x W x C)")
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            kind = json.loads((folder / "result.json").read_text())["data"]["name"]
+        kind = kind or config["data"]
+        fresh = samples.exists() and samples.stat().st_mtime >= last.stat().st_mtime
+        if not fresh or from_array(samples, folder).n < wanted:
+            own = ("preset", "out", "resume", "overwrite", "steps", "dump", "show", "prompt")
+            flags = [f"--{k.replace('_', '-')}={v}" for k, v in config.items() if k not in own]
+            run = subprocess.run([sys.executable, str(Path(__file__).with_name("gan.py")), config["preset"], *flags, "--out",
+                                  str(folder), "--resume=1", "--steps=0", f"--dump={wanted}", "--show=dump"],
+                                 stdout=sys.stderr)
+            if run.returncode:
+                raise data.UserError(f"gan.py could not draw samples from {last}; see its message above")
+    return from_array(samples, folder, kind)
+
+
+def is_run(spec):
+    """Whether spec is a run's folder or checkpoint."""
+    path = Path(spec)
+    return path.suffix == ".pt" or (path / "last.pt").is_file() or (path / "samples.npy").is_file()
+
+
+def open_source(spec, size, cfg):
+    """Command-line word -> Source: NAME[:SPLIT] of a data set, a run or its last.pt, a .npy, else a folder."""
+    name, _, split = spec.partition(":")
+    if name in data.SETS or "," in name:
+        if split not in ("", "train", "test", "all"):
+            raise data.UserError(f"{spec}: the split is train, test or all")
+        name, images, _, _ = data.choose(name, size, split or "train")
+        return Source(f"{name}:{split or 'train'}", len(images), images.shape[1], lambda i: list(images[i]), size, name)
+    if is_run(spec):
+        return from_run(Path(spec), cfg)
+    return from_array(spec, spec) if spec.endswith(".npy") else from_folder(Path(spec), cfg)
+
+
+def measure(source, net, cfg):
+    """Source -> Stats: features in chunks of cfg.batch pictures, never all decoded at once, with progress."""
+    index = torch.randperm(source.n, generator=torch.Generator().manual_seed(cfg.seed))[:cfg.n or None].sort().values
+    done, start, shown, x = 0, time.monotonic(), 0.0, []
+    for chunk in index.split(cfg.batch):
+        pictures = source.read(chunk.numpy())
+        for shape in {p.shape for p in pictures}:                          # one batch a picture size
+            x.append(net.features(torch.stack([p for p in pictures if p.shape == shape])))
+        done, seconds = done + len(chunk), time.monotonic() - start
+        if seconds - shown > 1 or done == len(index):
+            shown = seconds
+            print(f"\r{source.name}: {done:6,} of {len(index):,}  {done / seconds:7.1f} images/s  "
+                  f"{data.clock(seconds / done * (len(index) - done))} left ", end="", flush=True)
+    print(f", {source.skipped} broken left out" if source.skipped else "", flush=True)
+    n = sum(len(f) for f in x)
+    if n < 2:
+        raise data.UserError(f"{source.name}: {n} picture(s); a covariance needs at least 2")
+    x = torch.cat(x)
+    return Stats(source.name, net.name, n, *gaussian(x), x)
+
+
+# ---- one comparison ------------------------------------------------------------------------------------------------
+
+
+def kid_error(real, fake, blocks=10):
+    """Standard error of KID: the unbiased estimate on 10 disjoint blocks of either set, their deviation / sqrt(10)."""
+    k = torch.tensor([kid(a, b) for a, b in zip(real.tensor_split(blocks), fake.tensor_split(blocks))])
+    return (k.std() / blocks ** 0.5).item()
+
+
+def extrapolate(real, fake, seed=0, points=8):
+    """FID at infinite n (Chong & Forsyth 2020): FID_n = FID_inf + c / n, fitted on subsets of n/5 .. n of both sets.
+
+    real, fake: Stats; statistics without features keep their n, and their own bias. -> (FID_inf, its standard error)."""
+    generator = torch.Generator().manual_seed(seed)
+    inverse, values = [], []
+    for share in torch.linspace(1, 5, points):                             # evenly spaced in 1 / n
+        sides, sizes = [], []
+        for s in (real, fake):
+            m = int(s.n / share)
+            i = torch.randperm(s.n, generator=generator)[:m]
+            sides += gaussian(s.x[i]) if s.x is not None else (s.mu, s.root)
+            sizes += [m] if s.x is not None else []
+        inverse.append(sum(1 / m for m in sizes) / len(sizes))
+        values.append(distance(*sides))
+    A = torch.stack([torch.ones(points), torch.tensor(inverse)], 1).double()
+    b = torch.tensor(values).double()
+    coefficients = torch.linalg.lstsq(A, b[:, None]).solution[:, 0]
+    variance = (A @ coefficients - b).square().sum() / (points - 2) * torch.linalg.inv(A.T @ A)
+    return coefficients[0].item(), variance[0, 0].sqrt().item()
+
+
+def compare(a, b, cfg):
+    """All metrics of two Stats, a the real one -> dict; what needs the features is left out for saved statistics."""
+    same_features(a.name, f"{len(a.mu)} {a.features}", b.name, f"{len(b.mu)} {b.features}")
+    out = dict(fid=distance(a.mu, a.root, b.mu, b.root), n=b.n, n_real=a.n, features=b.features, real=a.name, fake=b.name)
+    if a.x is not None and a.n >= 4:                                       # the floor: two halves of the real set
+        shuffled = a.x[torch.randperm(a.n, generator=torch.Generator().manual_seed(cfg.seed))]
+        out |= dict(floor=fid(shuffled[:a.n // 2], shuffled[a.n // 2:]), floor_n=a.n // 2)
+    if a.x is not None and b.x is not None:
+        out |= dict(kid=kid(a.x, b.x))
+        if min(a.n, b.n) >= 20:
+            out["kid_error"] = kid_error(a.x, b.x)
+        if min(a.n, b.n) > 3:
+            out["precision"], out["recall"] = precision_recall(a.x, b.x)
+    if cfg.extrapolate:
+        if b.x is None or b.n < 100:
+            raise data.UserError(f"--extrapolate needs the pictures of {b.name}, at least 100, not its statistics")
+        out["fid_inf"], out["fid_inf_error"] = extrapolate(a, b, cfg.seed)
+    return out
+
+
+def report(r, d):
+    """Prints compare's dict, for a feature dimension d."""
+    print(line(r))
+    if "kid" in r:
+        error = f" +- {r['kid_error']:.1g} (standard error over 10 blocks)" if "kid_error" in r else ""
+        print(f"KID {r['kid']:.4g}{error}" + (f", precision {r['precision']:.3f}, recall {r['recall']:.3f} (k = 3)"
+                                              if "precision" in r else ""))
+    if "fid_inf" in r:
+        print(f"FID at infinite n {r['fid_inf']:.3g} +- {r['fid_inf_error']:.1g} (line through 8 subsets, in 1/n)")
+    n = min(k for k in (r["n"], r["n_real"], 1 << 40) if k)
+    if n < 10_000 * d // 2048:
+        print(f"warning: n = {n} is small. FID is too high by about c/n (equal distributions, 2048 features: 4.6 at 1000, 0.5 at "
+              f"10,000), so compare at one n only, or use --extrapolate 1" +
+              (f"; with n <= {d} the covariance is singular as well" if n <= d else ""))
+
+
+# ---- what the roots cost, what the network costs -------------------------------------------------------------------
+
+
+def newton_schulz(a, iterations=25):
+    """Square root of a (d, d) by products only (Higham 2008, section 6.7): Y -> a^1/2, Z -> a^-1/2. Loved by GPUs and
+    autograd; slow to reach small eigenvalues, which an FID has thousands of."""
+    norm, one = a.norm(), torch.eye(len(a), dtype=a.dtype)
+    y, z = a / norm, one
+    for _ in range(iterations):
+        t = (3 * one - z @ y) / 2
+        y, z = y @ t, t @ z
+    return y * norm.sqrt()
+
+
+def denman_beavers(a, iterations=12):
+    """Square root by inverses (Denman & Beavers 1976): Y -> a^1/2, Z -> a^-1/2, in a dozen steps. Needs a regular a."""
+    y, z = a, torch.eye(len(a), dtype=a.dtype)
+    for _ in range(iterations):
+        y, z = (y + torch.linalg.inv(z)) / 2, (z + torch.linalg.inv(y)) / 2
+    return y
+
+
+def symmetric_trace(s1, s2):
+    """tr (S1 S2)^1/2 by two eigendecompositions, as in the derivation above."""
+    r = sqrtm(s1)
+    return torch.linalg.eigvalsh(r @ s2 @ r).clamp(min=0).sqrt().sum()
+
+def roots(d=2048, n=1000):
+    """Prints seconds and relative FID errors of the ways to the root, against a pair whose answer is known.
+
+    With T symmetric positive definite and S2 = T S1 T: S1 S2 = (S1 T)^2, hence tr (S1 S2)^1/2 = tr (S1 T) exactly."""
+    g = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    mix = torch.arange(1, d + 1, dtype=torch.float64)[:, None] ** -0.6 * normal(d, d) / d ** 0.5
+    w = normal(d, d) / d ** 0.5
+    T, zero = torch.eye(d, dtype=torch.float64) + 0.2 * w @ w.T, torch.zeros(d, dtype=torch.float64)
+    print(f"d = {d}, float64, {torch.get_num_threads()} threads; singular: n = {n}\n{'':44}{'full rank':>22}{'singular':>22}")
+    print(f"{'':44}" + f"{'seconds':>10}{'error':>12}" * 2)
+    cells = {}
+    for m in (5 * d, n):
+        x = normal(m, d) @ mix
+        f1 = ((x - x.mean(0)) / (m - 1) ** 0.5).T                           # S1 = F1 F1^T, S2 = T S1 T
+        f2 = T @ f1
+        s1, s2 = f1 @ f1.T, f2 @ f2.T
+        exact = ((s1.trace() + s2.trace()) - 2 * (s1 * T).sum()).item()
+        root1 = f1 if m <= d else factor(s1)
+        trace = lambda t: (s1.trace() + s2.trace() - 2 * t).item()
+        ways = {"Newton-Schulz, 15 iterations": lambda: trace(newton_schulz(s1 @ s2, 15).trace()),
+                "Newton-Schulz, 25 iterations": lambda: trace(newton_schulz(s1 @ s2, 25).trace()),
+                "Newton-Schulz, 40 iterations": lambda: trace(newton_schulz(s1 @ s2, 40).trace()),
+                "Denman-Beavers, 12 iterations": lambda: trace(denman_beavers(s1 @ s2).trace()),
+                "eigendecomposition twice": lambda: trace(symmetric_trace(s1, s2)),
+                "here: from two covariances": lambda: frechet_distance(zero, s1, zero, s2),
+                "here: the real root kept": lambda: distance(zero, root1, zero, factor(s2)),
+                "here: centred features are roots (n <= d)": lambda: distance(zero, f1, zero, f2) if m <= d else None}
+        with contextlib.suppress(ImportError):
+            from scipy import linalg, __version__ as version
+            ways[f"scipy {version} sqrtm(s1 @ s2)"] = lambda: trace(np.trace(linalg.sqrtm((s1 @ s2).numpy())).real)
+        for name, way in ways.items():
+            start = time.perf_counter()
+            try:
+                value = way()
+            except RuntimeError:                                           # LAPACK: an inverse of a singular matrix
+                value = float("nan")
+            seconds = time.perf_counter() - start
+            cells.setdefault(name, []).append(f"{'-':>10}{'-':>12}" if value is None else
+                                              f"{seconds:10.2f}{abs(value / exact - 1):12.1e}")
+    for name, row in cells.items():
+        print(f"{name:44}" + "".join(row), flush=True)
+
+
+def stand_in(seed=0):
+    """An Inception state dict with random weights of sensible size: for timing, where the published file is not at hand."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = Inception().state_dict()
+        for key, t in state.items():
+            if key.endswith("conv.weight"):
+                nn.init.kaiming_normal_(t)
+            elif key.endswith("running_mean"):
+                t.normal_(0, 0.3)
+            elif key.endswith("running_var"):
+                t.uniform_(0.7, 1.4)
+    return state
+
+
+def speed(device, n=64, rounds=3):
+    """Prints images/s and feature errors of the plain, the folded channels_last and the bfloat16 network, interleaved."""
+    file = data.find(WEIGHTS)
+    state = torch.load(file, weights_only=True) if file else stand_in()
+    plain = Inception()
+    plain.load_state_dict(dict(state))
+    nets = {"plain (float32, NCHW, batch norm)": plain, "folded, channels_last": Inception().load_published(state),
+            "the same in bfloat16": Inception().load_published(state).to(torch.bfloat16)}
+    images = torch.randint(0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    seconds, features = {k: [] for k in nets}, {}
+    for _ in range(rounds + 1):                                            # the first round warms up
+        for name, net in nets.items():
+            start = time.perf_counter()
+            features[name] = net.to(device).features(images)
+            seconds[name].append(time.perf_counter() - start)
+    f = features["plain (float32, NCHW, batch norm)"]
+    best = {k: min(s[1:]) for k, s in seconds.items()}
+    for name in nets:
+        print(f"{name:36}{n / best[name]:8.1f} images/s  x{best['plain (float32, NCHW, batch norm)'] / best[name]:.2f}  "
+              f"feature error {((features[name] - f).norm() / f.norm()).item():.1e}")
+
+
+# ---- main ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Config:
+    sources: tuple = ()           # real, then generated: folder, data set[:split], run folder, last.pt, .npy or .npz
+    features: str = "inception"   # inception (published numbers) or classifier (trained here, no download)
+    data: str = ""                # data set whose classifier gives the features; empty: that of the sources
+    size: int = 0                 # side in pixels at which a data set is loaded; 0: that of the run, else 32
+    n: int = 0                    # at most this many pictures a side, chosen by the seed; 0: all (of a run 10,000)
+    batch: int = 32               # pictures decoded and passed through the network at once
+    device: str = "auto"          # auto, cuda, mps, cpu
+    bf16: int = 0                 # 1: Inception in bfloat16: faster, not for publication
+    seed: int = 0                 # seed of subsets and halves
+    save: str = ""                # write the first source's statistics to this .npz
+    skip_broken: int = 0          # 1: leave unreadable pictures out and count them
+    extrapolate: int = 0          # 1: FID at infinite n
+    json: int = 0                 # 1: print one JSON object
+
+
+def inception(device, bf16=0):
+    """The published network, from DATA_DIR, downloads/ or its mirrors. Errors: UserError naming URL, path and sha256."""
+    name = next((n for n in (WEIGHTS, WEIGHTS[3:]) if data.find(n)), WEIGHTS)
+    try:
+        path = data.fetch(name, WEIGHTS_URLS, WEIGHTS_SHA256, "96 MB")
+    except data.Unavailable as e:
+        raise data.UserError(f"{e}; or use --features classifier, which needs no download") from None
+    net = Inception().load_published(torch.load(path, map_location="cpu", weights_only=True)).to(device)
+    if bf16:
+        net.to(torch.bfloat16).name = "inception-bfloat16, not for publication"
+    return net
+
+
+def check(cfg):
+    """What makes no sense ends here, in one line."""
+    if cfg.features not in ("inception", "classifier"):
+        raise data.UserError(f"--features {cfg.features} is unknown; inception or classifier")
+    if cfg.n < 0 or cfg.n == 1 or cfg.batch < 1:
+        raise data.UserError(f"--n {cfg.n} --batch {cfg.batch}: a covariance needs 2 pictures, a batch 1")
+    if len(cfg.sources) == 1 and not (cfg.save or is_run(cfg.sources[0])):
+        raise data.UserError("one source is enough for a run or with --save; name two: python fid.py REAL GENERATED")
+    if not 1 <= len(cfg.sources) <= 2:
+        raise data.UserError(f"{len(cfg.sources)} sources; name two: python fid.py REAL GENERATED")
+
+
+def statistics(cfg):
+    """The Stats of the sources, the real one first."""
+    specs, opened, stats = list(cfg.sources), {}, {}
+    for spec in sorted(specs, key=lambda s: s.split(":")[0] in data.SETS):  # runs before data sets: they know their size
+        if spec.endswith(".npz"):
+            stats[spec] = load_stats(spec)
+        else:
+            size = cfg.size or next((s.size for s in opened.values() if s.size), 32)
+            opened[spec] = open_source(spec, size, cfg)
+    if len(specs) == 1 and not cfg.save:                                   # a run alone: against its own data
+        run = opened[specs[0]]
+        if not run.data:
+            raise data.UserError(f"{specs[0]} does not say what it was trained on; name it: python fid.py REAL {specs[0]}")
+        specs.insert(0, run.data)
+        opened[run.data] = open_source(run.data, cfg.size or run.size, cfg)
+    if len({s.channels for s in opened.values()}) > 1:
+        raise data.UserError("different channels: " + ", ".join(f"{s.name} has {s.channels}" for s in opened.values()) +
+                             "; convert one of them to the other's")
+    if opened:
+        net = network(cfg, [opened[s] for s in specs if s in opened])
+        for s in stats.values():
+            same_features(s.name, s.features, "the other side", net.name)
+        stats |= {spec: measure(source, net, cfg) for spec, source in opened.items()}
+    return [stats[s] for s in specs]
+
+
+def network(cfg, sources):
+    """The network that the flags ask for; a classifier is that of the sources' data set."""
+    device = data.device(cfg.device)
+    if cfg.features == "inception":
+        return inception(device, cfg.bf16)
+    name = cfg.data or next((s.data for s in sources if s.data), "")
+    if not name:
+        raise data.UserError("which data set's classifier? name it with --data")
+    return classifier(name, cfg.size or next((s.size for s in sources if s.size), 32), device)
+
+
+def main(argv=None):
+    cfg, _ = data.arguments(Config, argv, positional="sources")
+    if tuple(cfg.sources) == ("roots",):
+        return roots()
+    if tuple(cfg.sources) == ("speed",):
+        return speed(data.device(cfg.device))
+    check(cfg)
+    with contextlib.redirect_stdout(sys.stderr) if cfg.json else contextlib.nullcontext():
+        stats = statistics(cfg)
+        if cfg.save:
+            save_stats(cfg.save, stats[0])
+            print(f"wrote {cfg.save}: statistics of {stats[0].name}, n = {stats[0].n}, {stats[0].features}")
+    if len(stats) == 2:
+        result = compare(*stats, cfg)
+        print(json.dumps(result)) if cfg.json else report(result, len(stats[0].mu))
+
+
+if __name__ == "__main__":
+    data.run_main(main)

@@ -59,7 +59,7 @@ class Config:
     device: str = "auto"            # auto, cuda, mps, cpu
     amp: int = -1                   # bfloat16 autocast: 1 on, 0 off, -1 where the hardware has it
     samples: int = 10000            # pictures drawn for the metrics
-    show: str = "all"               # what to evaluate: all, metrics, interp
+    show: str = "all"               # what to evaluate: all, metrics, interp, dump
     log_every: int = 50             # steps between two lines of the log
     sample_every: int = 500         # steps between two sample grids and checkpoints
     out: str = ""                   # folder of the run; empty: out/<preset>-<what differs>
@@ -71,7 +71,7 @@ class Config:
 
 EMOJI = dict(data="emoji-apple,faces-b", net="emoji", channels=3, z=100, h=32, noise="uniform", loss="lsgan", lr=3e-4,
              decay=0, batch=32, steps=20_000, sample_every=1000)
-ANIME = dict(data="anime,faces-a", net="anime", size=64, channels=3, z=100, h=64, lr=2e-4, decay=0, steps=5000,
+ANIME = dict(data="anime,faces-a", net="anime", size=64, channels=3, z=100, h=64, lr=2e-4, decay=0, steps=2000,
              log_every=25, sample_every=250)
 PRESETS = {  # name -> fields that differ                                  what it is, and where it comes from
     "dcgan": {},                                                         # DCGAN (Radford 2016) as a course's MNIST exercise,
@@ -654,9 +654,6 @@ def evaluate(cfg, G, D, step, log, source, out, device):
         y = torch.tensor([parse_prompt(cfg.prompt)]).expand(8)
         data.sheet([sample(G, 8, cfg, device, y)], out / "prompt.png", title=cfg.prompt)
         return print(f"wrote {out / 'prompt.png'}: {cfg.prompt}")
-    wrote = [] if cfg.show == "metrics" else [interpolate(G, cfg, device, out / "interpolation.png")]
-    if cfg.show == "interp":
-        return print(f"wrote {wrote[0]}")
     if cfg.dump:
         y = None if cfg.cond == "none" else torch.randint(cfg.classes, (cfg.dump,), generator=torch.Generator().manual_seed(1))
         arrays = {"samples.npy": sample(G, cfg.dump, cfg, device, y).permute(0, 2, 3, 1), "labels.npy": y}
@@ -664,6 +661,12 @@ def evaluate(cfg, G, D, step, log, source, out, device):
             if array is not None:
                 with data.atomic(out / file) as part, open(part, "wb") as f:
                     np.save(f, array.contiguous().numpy())
+        print(f"wrote    {out / 'samples.npy'} ({cfg.dump:,} samples)")
+    if cfg.show == "dump":
+        return
+    wrote = [] if cfg.show == "metrics" else [interpolate(G, cfg, device, out / "interpolation.png")]
+    if cfg.show == "interp":
+        return print(f"wrote    {wrote[0]}")
     if log.table:
         grids = sorted(out.glob("[0-9]*.png"))
         wrote += [grids[-1], data.curves(out / "curves.png", log.table, PANELS), data.gif(out / "training.gif", grids)]
@@ -689,7 +692,7 @@ def check(cfg):
     """Combinations that make no sense end here, in one line."""
     choices = dict(net=NETS, loss=LOSSES, noise=("normal", "uniform", "uniform01"), bn=("both", "G", "D", "none"),
                    act=("", "relu", "leaky", "selu"), cond=("none", "planes", "ac"), g_opt=("adam", "rmsprop", "sgd"),
-                   d_opt=("adam", "rmsprop", "sgd"), show=("all", "metrics", "interp"))
+                   d_opt=("adam", "rmsprop", "sgd"), show=("all", "metrics", "interp", "dump"))
     for field, known in choices.items():
         if getattr(cfg, field) not in known:
             raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)} is unknown; one of: {' '.join(known)}")

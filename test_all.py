@@ -446,3 +446,353 @@ def test_no_field_of_the_config_is_dead():
     for f in dataclasses.fields(gan.Config):
         assert re.search(rf"cfg\.{f.name}\b", source.split("# ---- networks")[1]) or f'"{f.name}"' in source.split("# ---- networks")[1], f.name
     assert set(data.comments(gan.Config)) == {f.name for f in dataclasses.fields(gan.Config)}
+
+
+# ---- data.py: files, downloads, damage -------------------------------------------------------------------------------
+
+def idx_bytes(array):
+    return gzip_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+def gzip_bytes(raw):
+    import gzip
+    return gzip.compress(raw, 1)
+
+
+def test_idx_files():
+    a = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    Path("a.gz").write_bytes(idx_bytes(a))
+    assert np.array_equal(data.read_idx("a.gz"), a)
+    whole = idx_bytes(a)
+    bad = {"cut": whole[:-9], "text": b"<html>", "empty": b"", "short": gzip_bytes(struct.pack(">HBB3I", 0, 8, 3, 2, 3, 5) + a.tobytes()),
+           "long": gzip_bytes(struct.pack(">HBB3I", 0, 8, 3, 2, 3, 3) + a.tobytes()), "type": gzip_bytes(struct.pack(">HBBI", 0, 9, 1, 2) + b"ab"),
+           "huge": gzip_bytes(struct.pack(">HBB3I", 0, 8, 3, 2 ** 31, 2 ** 31, 9))}
+    for name, raw in bad.items():
+        Path(name).write_bytes(raw)
+        with pytest.raises(data.UserError, match=name):
+            data.read_idx(name)
+
+
+def test_a_damaged_mnist_on_disk_is_named_not_replaced(monkeypatch):
+    monkeypatch.setenv("DATA_DIR", "course")
+    Path("course/mnist").mkdir(parents=True)
+    Path("course/mnist/train-images-idx3-ubyte.gz").write_bytes(idx_bytes(np.zeros((2, 28, 28), np.uint8)))
+    with pytest.raises(data.UserError, match="damaged or another file.*440fcabf"):
+        data.choose("mnist,digits", 32)
+
+
+def test_mnist_and_fashion(real):
+    x, y, classes = data.load("mnist", 32)
+    assert x.shape == (60_000, 1, 32, 32) and torch.bincount(y).tolist()[:3] == [5923, 6742, 5958] and len(classes) == 10
+    assert x[:, :, :2].max() == 0 and torch.equal(x[:, :, 2:30, 2:30], data.load("mnist", 28)[0])     # padded, not resampled
+    assert data.load("fashion", 28, "test")[0].shape == (10_000, 1, 28, 28)
+
+
+def test_emojis_are_composited_on_white_and_anime_has_tags(real):
+    x, y, _ = data.load("emoji-apple", 32, "test")
+    assert x.shape == (100, 3, 32, 32) and y is None and (x[:, :, 0, 0] > 200).float().mean() > .9
+    x, y, names = data.load("anime", 64, "test")
+    assert x.shape == (888, 3, 64, 64) and len(y) == 888 and names[y[0]].endswith("eyes")
+
+
+def test_transparent_pictures_become_white_and_grey_ones_fit():
+    Image.new("RGBA", (8, 8), (0, 99, 0, 0)).save("clear.png")
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([0, 99, 0] * 256)
+    palette.save("palette.png", transparency=0)
+    Image.new("L", (9, 7), 50).save("grey.png")
+    Image.new("I;16", (8, 8), 1000).save("deep.png")
+    assert data.read_picture("clear.png").eq(255).all() and data.read_picture("palette.png").eq(255).all()
+    assert data.read_picture("grey.png").shape == (3, 7, 9) and data.read_picture("grey.png", 1).unique().tolist() == [50]
+    assert data.fit(data.read_picture("grey.png"), 16).shape == (3, 16, 16) and data.read_picture("deep.png").shape == (3, 8, 8)
+
+
+def test_folders_of_pictures():
+    for i in range(40):
+        Path(f"my pïcs/{'cats' if i % 2 else 'dogs'}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 30), (i, 0, 0)).save(f"my pïcs/{'cats' if i % 2 else 'dogs'}/{i:02d}.png")
+    x, y, classes = data.load("my pïcs", 16, "all")
+    assert x.shape == (40, 3, 16, 16) and classes == ["cats", "dogs"] and y.bincount().tolist() == [20, 20]
+    assert len(data.load("my pïcs", 16)[0]) == 36 and len(data.load("my pïcs", 16, "test")[0]) == 4
+    Path("my pïcs/cats/zz.png").write_bytes(b"no picture")
+    with pytest.raises(data.UserError, match="zz.png is no readable picture"):
+        data.load("my pïcs", 16)
+    Path("none").mkdir()
+    for bad in ("none", "missing"):
+        with pytest.raises(data.UserError, match=bad):
+            data.load(bad, 16)
+
+
+def test_bombs_are_refused_before_decoding(monkeypatch):
+    Image.new("1", (9000, 9000)).save("bomb.png")
+    with pytest.raises(data.UserError, match="pixels"):
+        data.read_picture("bomb.png")
+
+
+def tar_of(path, *entries):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, kind, raw in entries:
+            m = tarfile.TarInfo(name)
+            m.type, m.size, m.linkname = kind, len(raw), "/etc/passwd"
+            tar.addfile(m, io.BytesIO(raw))
+
+
+@pytest.mark.parametrize("name, kind", [("/etc/x", tarfile.REGTYPE), ("a/../../x", tarfile.REGTYPE), ("l", tarfile.SYMTYPE),
+                                        ("h", tarfile.LNKTYPE), ("d", tarfile.CHRTYPE), ("f", tarfile.FIFOTYPE)])
+def test_archives_that_lead_outside_are_refused(name, kind, monkeypatch):
+    monkeypatch.setattr(data, "DOWNLOADS", Path("d"))
+    Path("d").mkdir()
+    tar_of("d/set.tar.gz", ("ok.txt", tarfile.REGTYPE, b"ok"), (name, kind, b"" if kind != tarfile.REGTYPE else b"x"))
+    with pytest.raises(data.UserError, match="refused"):
+        list(data.members("set"))
+    assert sorted(p.name for p in Path(".").rglob("*")) == ["d", "set.tar.gz"]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """A mirror with every illness: the path names it."""
+    body = bytes(range(256)) * 400
+
+    def do_GET(self):
+        kind = self.path.split("/")[1]
+        if kind == "500" or kind == "404":
+            return self.send_error(int(kind))
+        if kind == "redirect":
+            self.send_response(302)
+            self.send_header("Location", "/ok/x")
+            return self.end_headers()
+        raw = b"<html>sign in</html>" if kind == "html" else self.body[::-1] if kind == "wrong" else self.body
+        self.send_response(200)
+        if kind != "nolength":
+            self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        if kind == "hang":
+            time.sleep(3)
+        self.wfile.write(raw[:5000] if kind == "cut" else raw)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{s.server_port}"
+    s.shutdown()
+
+
+def test_downloads_try_mirrors_and_keep_nothing_bad(server, monkeypatch):
+    import hashlib
+    monkeypatch.setattr(data, "DOWNLOADS", Path("d"))
+    sha = hashlib.sha256(Server.body).hexdigest()
+    for bad in ("500", "404", "html", "cut", "wrong"):
+        with pytest.raises(data.Unavailable, match=f"{server}/{bad}/f.*{sha}") as e:
+            data.fetch("x/f", [f"{server}/{bad}/f"], sha)
+        assert "\n" not in str(e.value) and not [p for p in Path("d").rglob("*") if p.is_file()]
+    with pytest.raises(data.Unavailable, match="wrong file: sha256 [0-9a-f]{64}, not"):
+        data.fetch("x/f", [f"{server}/wrong/f"], sha)
+    for i, good in enumerate(("ok", "nolength", "redirect")):
+        assert data.fetch(f"x/{i}", [f"{server}/500/f", f"{server}/cut/f", f"{server}/{good}/f"], sha).read_bytes() == Server.body
+    monkeypatch.setattr(data, "_open", functools.partial(data._open, seconds=.5))
+    start = time.monotonic()
+    with pytest.raises(data.Unavailable, match="no answer|timed out"):
+        data.fetch("x/g", [f"{server}/hang/f", f"{server}/hang/f"], sha)
+    assert time.monotonic() - start < 10                              # bounded waiting, not a speed
+
+
+def test_a_certificate_nobody_signed_is_not_accepted():
+    import inspect
+    assert "context" not in inspect.getsource(data._open)             # urlopen's default context verifies
+    import ssl
+    assert ssl.create_default_context().verify_mode == ssl.CERT_REQUIRED
+
+
+def test_without_network_the_run_says_so_and_draws_digits(monkeypatch, capsys):
+    for name in ("MNIST_URLS", "FASHION_URLS"):
+        monkeypatch.setattr(data, name, ["http://127.0.0.1:9/"])
+    assert data.choose("mnist,digits", 32)[0] == "digits"
+    assert capsys.readouterr().out.count("\n") == 1
+    with pytest.raises(data.Unavailable, match="127.0.0.1"):
+        data.choose("mnist", 32)
+
+
+def test_atomic_files_and_checkpoints():
+    with pytest.raises(ZeroDivisionError):
+        with data.atomic("a/b.txt") as part:
+            part.write_text("half")
+            1 / 0
+    assert not list(Path("a").iterdir())
+    data.save_checkpoint("c.pt", dict(step=3, w=torch.ones(2)))
+    assert data.load_checkpoint("c.pt")["step"] == 3
+    whole = Path("c.pt").read_bytes()
+    for bad in (whole[:-40], b"", b"<html>", pickle.dumps(Evil())):
+        Path("c.pt").write_bytes(bad)
+        with pytest.raises(data.UserError, match="c.pt is no readable checkpoint"):
+            data.load_checkpoint("c.pt")
+    torch.save(Evil(), "c.pt")
+    with pytest.raises(data.UserError):
+        data.load_checkpoint("c.pt")
+    assert not Path("pwned").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def mutated(raw, r):
+    """Seeded damage: flipped bytes, a cut, repeated or grown parts, a huge number in the header."""
+    raw, kind = bytearray(raw), r.randrange(5)
+    if kind == 0:
+        for _ in range(r.choice([1, 3, 30])):
+            raw[r.randrange(len(raw))] ^= 1 << r.randrange(8)
+    elif kind == 1:
+        raw = raw[:r.randrange(len(raw))]
+    elif kind == 2:
+        i = r.randrange(len(raw))
+        raw[i:i] = raw[:r.randrange(1, 200)]
+    elif kind == 3:
+        i = r.randrange(min(64, len(raw)))
+        raw[i:i + 4] = b"\xff" * 4
+    else:
+        i = r.randrange(min(64, len(raw)))
+        raw[i:i + 4] = struct.pack(">I", r.choice([0, 1, 2 ** 16, 2 ** 31]))
+    return bytes(raw)
+
+
+def test_mutated_files_give_a_result_or_one_clear_error(monkeypatch):
+    """1,000 damaged files: never a traceback of another kind, a hang, or a gigabyte."""
+    monkeypatch.setattr(data, "DOWNLOADS", Path("d"))
+    Path("d").mkdir()
+    r, picture = random.Random(0), Image.fromarray(np.random.RandomState(0).randint(0, 255, (24, 24, 3)).astype(np.uint8))
+    seeds = {}
+    for kind, words in (("png", {}), ("jpg", {}), ("gif", {}), ("bmp", {}), ("webp", {})):
+        picture.save(f"p.{kind}", **words)
+        seeds[kind] = (Path(f"p.{kind}").read_bytes(), lambda f: data.read_picture(f))
+    seeds["idx.gz"] = (idx_bytes(np.arange(600, dtype=np.uint8 if False else np.int64).astype(np.uint8).reshape(6, 10, 10)), data.read_idx)
+    data.save_checkpoint("c.pt", dict(step=1, w=torch.randn(40)))
+    seeds["pt"] = (Path("c.pt").read_bytes(), data.load_checkpoint)
+    tags = "".join(f"{i},{data.FACES[i]}\n" for i in range(20)).encode()
+
+    def anime(path):
+        shutil.rmtree("d/anime", ignore_errors=True), shutil.rmtree("d/cache", ignore_errors=True)
+        Path("d/anime/images").mkdir(parents=True)
+        shutil.copy(path, "d/anime/tags.csv")
+        for i in range(20):
+            shutil.copy("p.png", f"d/anime/images/{i}.png")
+        data.anime_set(16, "train")
+    seeds["csv"] = (tags, anime)
+    np.savez("n.npz", images=np.zeros((4, 1, 8, 8), np.uint8), labels=np.zeros(4, np.int64))
+
+    def npz(path):
+        (data.DOWNLOADS / "cache").mkdir(exist_ok=True)
+        shutil.copy(path, data.DOWNLOADS / "cache/key.npz")
+        data.cached("key", lambda: (np.zeros((1, 1, 8, 8), np.uint8), None))
+    seeds["npz"] = (Path("n.npz").read_bytes(), npz)
+    refused = 0
+    import warnings
+    warnings.simplefilter("ignore")
+    for i in range(1000):
+        kind = list(seeds)[i % len(seeds)]
+        raw, read = seeds[kind]
+        path = Path(f"m.{kind}")
+        path.write_bytes(mutated(raw, r))
+        try:
+            read(path)
+        except data.UserError as e:
+            refused += 1
+            assert "\n" not in str(e), (i, str(e))
+    assert refused > 200
+
+
+# ---- data.py: what is drawn here, and what is drawn of runs --------------------------------------------------------------
+
+def test_built_in_sets_are_seeded_and_paired():
+    a, la = data.draw_faces("a", 30, 20_000, 32)
+    b, lb = data.draw_faces("b", 30, 20_000, 32)
+    assert np.array_equal(la, lb) and a.shape == (30, 3, 32, 32) and np.array_equal(a, data.draw_faces("a", 30, 20_000, 32)[0])
+    assert abs(a.astype(int) - b).mean() > 30 and np.array_equal(a[7], data.draw_faces("a", 1, 20_007, 32)[0][0])
+    x, y = data.draw_digits(50, 3, 32)
+    assert np.array_equal(x, data.draw_digits(50, 3, 32)[0]) and set(y) == set(range(10)) and x.max() > 200
+    grey = a.astype(float).transpose(1, 0, 2, 3).reshape(3, -1)
+    assert np.abs(grey[0] - grey[2]).mean() > 10                     # really in colour
+
+
+def test_to_float_and_back():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(data.to_uint8(data.to_float(x)), x) and data.to_float(x).min() == -1 and data.to_float(x).max() == 1
+    assert data.to_uint8(torch.tensor([-3., 3.])).tolist() == [0, 255]
+
+
+def test_grid_sheet_and_charts_are_as_large_as_promised():
+    x = torch.zeros(10, 1, 16, 16, dtype=torch.uint8)
+    assert data.grid(x, 4).size == (2 * (4 * 18 + 2), 2 * (3 * 18 + 2))
+    assert data.as_bytes(torch.full((1, 1, 2, 2), -1.)).max() == 0
+    data.sheet([x[:3], x[:2]], "s.png", left=["a", "b"], top=["1", "2", "3"], title="t", marks=[0])
+    data.curves("c.png", {"step": [1, 2, 3], "D": [1., float("nan"), 3.], "flat": [2., 2., 2.]}, [("t", ["D"]), ("u", ["flat", "no"])])
+    data.bars("b.png", list("abc"), {"real": [.1, .2, .7], "generated": [0, 0, 0]}, "t")
+    data.scatter("x.png", np.random.randn(50, 2), np.arange(50) % 12, list("abcdefghijkl"), {i: f"name {i}" for i in range(50)}, [(0, 1)])
+    data.gif("g.gif", ["s.png", "s.png"])
+    for f in ("s.png", "c.png", "b.png", "x.png"):
+        assert len(Image.open(f).convert("RGB").getcolors(1 << 24)) > 3
+    assert Image.open("g.gif").n_frames >= 1 and not list(Path(".").glob(".*.part"))
+
+
+def test_ticks_are_round_numbers():
+    assert data.ticks(0, 1) == pytest.approx([0, .2, .4, .6, .8, 1]) and data.ticks(-3, 12) == pytest.approx([0, 5, 10])
+    assert data.short(20_000) == "20k" and data.clock(75) == "1:15"
+
+
+def test_compare_puts_runs_on_one_sheet(home):
+    for seed in (0, 1):
+        run("dcgan", *TINY, "--steps", 2, "--seed", seed, "--out", f"o/s{seed}")
+    out, _ = run("compare", "o/s0", "o/s1", "--out", "o/both", script="data.py")
+    assert "| s0 |" in out and "| s1 |" in Path("o/both.md").read_text() and Image.open("o/both.png").width == 840
+    one_line(run("compare", "o/none", script="data.py", code=2)[1], "train it first")
+
+
+def test_same_seed_same_result_and_two_seeds_differ(home):
+    for out, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run("dcgan", *TINY, "--steps", 5, "--seed", seed, "--out", f"o/{out}", "--show", "interp")
+    rows = [[line.rsplit(",", 1)[0] for line in Path(f"o/{o}/log.csv").read_text().splitlines()] for o in "abc"]
+    assert rows[0] == rows[1] != rows[2]
+    assert Path("o/a/000005.png").read_bytes() == Path("o/b/000005.png").read_bytes() != Path("o/c/000005.png").read_bytes()
+
+
+def test_kill_at_any_moment_and_go_on(home, request):
+    """SIGKILL at random moments; the same command again ends in the networks of an undisturbed run, bit for bit."""
+    words = [sys.executable, str(ROOT / "gan.py"), "dcgan", *map(str, TINY), "--steps", "60", "--resume", "1", "--show", "interp"]
+    subprocess.run([*words, "--out", "whole"], check=True, capture_output=True)
+    r, kills = random.Random(1), 0
+    for _ in range(request.config.getoption("--kills", 4) * 6):
+        p = subprocess.Popen([*words, "--out", "cut"], stdout=subprocess.DEVNULL)
+        wait = time.monotonic() + r.uniform(1.5, 5)
+        while p.poll() is None and time.monotonic() < wait:
+            time.sleep(.02)
+        if p.poll() is not None:
+            break
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        kills += 1
+        if Path("cut/last.pt").exists():
+            data.load_checkpoint("cut/last.pt")                      # never a half one
+        for png in Path("cut").glob("[0-9]*.png"):
+            Image.open(png).load()
+        if kills >= request.config.getoption("--kills", 4):
+            subprocess.run([*words, "--out", "cut"], check=True, capture_output=True)
+            break
+    a, b = (torch.load(f"{o}/last.pt", weights_only=True) for o in ("whole", "cut"))
+    assert a["step"] == b["step"] == 60
+    assert all(torch.equal(a[k][n], b[k][n]) for k in ("G", "D") for n in a[k])
+
+
+def test_full_disk_is_one_line_and_keeps_the_checkpoint(home):
+    run("dcgan", *TINY, "--steps", 5, "--out", "o/f", "--show", "interp")
+    good = Path("o/f/last.pt").read_bytes()
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv[0] = 'gan.py';"
+            f"sys.path.insert(0, {str(ROOT)!r}); import data, gan; data.run_main(lambda: gan.main(sys.argv[1:]))")
+    r = subprocess.run([sys.executable, "-c", code, "dcgan", *map(str, TINY), "--steps", "50", "--resume", "1", "--out", "o/f"],
+                       capture_output=True, text=True, env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1"))
+    assert r.returncode == 2, r.stderr
+    one_line(r.stderr, "space")
+    assert Path("o/f/last.pt").read_bytes() == good and not list(Path("o").rglob("*.part"))
