@@ -38,6 +38,52 @@ sweep-latent: $(VENV)  ## 10 min: z and h in {16, 100}: four DCGANs on one sheet
 	  $(PYTHON) gan.py dcgan --resume 1 --z $$z --h $$h --steps $(if $(FULL),5000,1200) --out out/latent$(FULL)/z$$z-h$$h $(ARGS); done; done
 	$(PYTHON) data.py compare out/latent$(FULL)/z* --out out/sweep-latent$(FULL)
 
+emoji: $(VENV)  ## 15 min: least-squares GAN on emojis (cartoon faces without network)
+	$(PYTHON) gan.py emoji --resume 1 $(ARGS)
+
+anime: $(VENV)  ## 15 min: DCGAN on faces, 64 x 64
+	$(PYTHON) gan.py anime --resume 1 $(ARGS)
+
+wgan: $(VENV)  ## 60 min: Wasserstein GAN with clipping on the same faces
+	$(PYTHON) gan.py wgan --resume 1 $(ARGS)
+
+text2img: $(VENV)  ## 20 min: faces by hair and eye colour (ARGS='--prompt "blue hair green eyes"')
+	$(PYTHON) gan.py text2img --resume 1 $(ARGS)
+
+mnist28: $(VENV)  ## 6 min: 28 x 28 digits
+	$(PYTHON) gan.py mnist28 --resume 1 $(ARGS)
+
+cwgan: $(VENV)  ## 15 min: conditional WGAN with gradient penalty: clothes by class
+	$(PYTHON) gan.py cwgan --resume 1 $(ARGS)
+
+# The sweeps run at 32 x 32 on drawn faces, whose 132 modes (12 hair x 11 eye colours) can be counted.
+SMALL = $(if $(FULL),,--net dcgan --size 32 --h 32 --data faces-a)
+sweep-stability: $(VENV)  ## 10 min: what stops mode collapse? plain, gradient penalty, spectral norm, half lr, 5 D steps
+	run() { $(PYTHON) gan.py emoji --data faces-b --resume 1 --steps $(if $(FULL),20000,800) --out out/stability$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
+	run 1-plain; run 2-gradient-penalty --gp 10; run 3-spectral-norm --sn 1; run 4-half-lr --lr 1.5e-4; run 5-d-steps-5 --d-steps 5
+	$(PYTHON) data.py compare out/stability$(FULL)/* --out out/sweep-stability$(FULL)
+
+tips: $(VENV)  ## 10 min: each training tip against its opposite: range, activation, optimiser, batch norm
+	run() { $(PYTHON) gan.py anime $(SMALL) --resume 1 --steps $(if $(FULL),5000,600) --out out/tips$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
+	run 1-base; run 2-raw-0-255 --raw 1; run 3-relu --act relu; run 4-selu --act selu; \
+	run 5-sgd --g-opt sgd --d-opt sgd --lr 2e-3; run 6-rmsprop --g-opt rmsprop --d-opt rmsprop --lr 5e-4; \
+	run 7-adam-and-sgd --d-opt sgd --d-lr 2e-3; run 8-no-bn-in-D --bn G; run 9-no-bn-in-G --bn D
+	$(PYTHON) data.py compare out/tips$(FULL)/* --out out/sweep-tips$(FULL)
+
+wgan-vs-dcgan: $(VENV)  ## 10 min: the same faces, steps and seconds, two losses
+	$(PYTHON) gan.py anime $(SMALL) --resume 1 --steps $(if $(FULL),5000,2500) --out out/loss$(FULL)/dcgan $(ARGS)
+	$(PYTHON) gan.py wgan $(SMALL) --resume 1 --steps $(if $(FULL),5000,800) --out out/loss$(FULL)/wgan $(ARGS)
+	$(PYTHON) data.py compare out/loss$(FULL)/* --out out/wgan-vs-dcgan$(FULL)
+
+modes28: $(VENV)  ## 8 min: are the digits equally likely? 10,000 samples, and the course's 80
+	$(PYTHON) gan.py mnist28 --resume 1 --steps $(if $(FULL),20000,2500) --out out/modes28$(FULL)/mnist28 $(ARGS)
+	$(PYTHON) data.py compare out/modes28$(FULL)/* --out out/modes28$(FULL)-table
+
+# ---- fid.py, cyclegan.py, biggan_interp.py ----
+fid: $(VENV)  ## 5 min: FID of the latest DCGAN run (FEATURES=classifier: without the 95 MB Inception weights)
+	ls out/dcgan*/last.pt > /dev/null 2>&1 || $(PYTHON) gan.py dcgan --resume 1
+	$(PYTHON) fid.py $$(ls -td out/dcgan*/last.pt | head -1) --features $(FEATURES) $(ARGS)
+
 test: $(VENV)  ## 4 min: everything that is promised, tested
 	$(PYTHON) -m pytest -q -x test_all.py
 

@@ -1,7 +1,7 @@
 """cyclegan.py: CycleGAN and UNIT: translate pictures between two styles without a single pair to learn from.
 
     python cyclegan.py                                      Apple <-> Windows emojis, else faces drawn here
-    python cyclegan.py --data faces                         cartoon faces: the true translations are known, so it is scored
+    python cyclegan.py --data faces                         cartoon faces: the true translations are known
     python cyclegan.py --model unit                         UNIT instead of CycleGAN
     python cyclegan.py --a photos/ --b paintings/ --size 128
     python cyclegan.py --translate me.jpg --direction ab    with the trained checkpoint
@@ -60,14 +60,16 @@ class Config:
 
 
 def recipe(model, size):
-    """What differs from the defaults above (a course's 32 x 32 CycleGAN): UNIT 0.2; Zhu 2017, sec. 4 and 7, beyond 32."""
-    large = dict(lr=2e-4, batch=1, decay=1, identity=.5, pool=50, lambda_cycle=10 / (3 * size ** 2)) if size > 32 else {}
-    return {**large, **(dict(lr=1e-4, weight_decay=1e-4) if model == "unit" else {})}
+    """What differs from the defaults above, a course's 32 x 32 CycleGAN: UNIT 0.2; beyond 32 Zhu 2017, sec. 4 and 7."""
+    large = dict(lr=2e-4, batch=1, decay=1, pool=50) if size > 32 else {}
+    if model == "unit":
+        return {**large, "lr": 1e-4, "weight_decay": 1e-4}
+    return {**large, "identity": .5, "lambda_cycle": 10 / (3 * size ** 2)} if large else {}
 
 
 # Fields that say where and how long, not what is trained: they neither name the folder nor forbid a resume.
-FREE = {"model", "steps", "device", "amp", "log_every", "sample_every", "out", "resume", "overwrite", "translate", "direction",
-        "sweep"}
+FREE = {"model", "steps", "device", "amp", "log_every", "sample_every", "out", "resume", "overwrite", "translate",
+        "direction", "sweep"}
 STYLES = {"emojis": ("emoji-apple", "emoji-windows"), "faces": ("faces-a", "faces-b")}
 
 
@@ -119,7 +121,7 @@ class Discriminator(nn.Sequential):
 # ---- networks: larger pictures (Zhu 2017, section 7.2 of the appendix) ---------------------------------------------
 
 def conv_in(i, o, k, stride=1, act=nn.ReLU, up=False):
-    """Convolution with bias, instance norm, activation; stride 1 reflects at the border, `up` is transposed and doubles."""
+    """Convolution with bias, instance norm, activation; stride 1 reflects at the border; `up`: transposed, doubles."""
     layer = nn.ConvTranspose2d(i, o, k, stride, k // 2, output_padding=1) if up else \
         nn.Conv2d(i, o, k, stride, k // 2, padding_mode="reflect" if stride == 1 else "zeros")
     return [layer, nn.InstanceNorm2d(o)] + [f() for f in (act,) if f]
@@ -180,13 +182,14 @@ class CycleGAN(nn.Module):
         return (self.ab if direction == "ab" else self.ba)(x)
 
 
-# ---- UNIT: two encoders, two decoders, one latent space --------------------------------------------------------------
+# ---- UNIT: two encoders, two decoders, one latent space ------------------------------------------------------------
 
 class Encoder(nn.Sequential):
     """(N, 3, S, S) -> (N, 64, S/4, S/4): what one style's encoder has for itself."""
 
     def __init__(self):
-        super().__init__(*conv(3, 32, 5, 2, 2, nn.InstanceNorm2d), *conv(32, 64, 5, 2, 2, nn.InstanceNorm2d), ResBlock(64))
+        norm = nn.InstanceNorm2d
+        super().__init__(*conv(3, 32, 5, 2, 2, norm), *conv(32, 64, 5, 2, 2, norm), ResBlock(64))
 
 
 class Decoder(nn.Sequential):
@@ -225,7 +228,7 @@ def networks(cfg):
     return G, nn.ModuleDict({s: PatchGAN(cfg.width) if cfg.size > 32 else Discriminator() for s in "ab"})
 
 
-# ---- losses: real, fake are logits; pictures are in [-1, 1]; mean over the batch ---------------------------------------
+# ---- losses: real, fake are logits; pictures are in [-1, 1]; mean over the batch -----------------------------------
 
 def d_lsgan(real, fake):
     """1/2 E (D(x) - 1)^2 + 1/2 E D(G(x))^2, Zhu 2017 sec. 4 (Mao 2017 eq. 2); 0.25 at D = 1/2."""
@@ -291,7 +294,7 @@ class ImagePool:
         self.held = list(state["held"])
 
 
-# ---- data: two styles, no pairs ----------------------------------------------------------------------------------------
+# ---- data: two styles, no pairs ------------------------------------------------------------------------------------
 
 Style = namedtuple("Style", "name images test labels")          # uint8 (N, 3, S, S), (M, 3, S, S), (M,) or None
 
@@ -316,7 +319,7 @@ def load_styles(cfg):
     return a, load_style(dict(STYLES.values())[a.name], cfg.size)
 
 
-# ---- training ----------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------------------------
 
 def optimiser(net, cfg):
     """Adam over a network; fused: one kernel for all tensors. Shared layers are in net.parameters() once."""
@@ -355,7 +358,7 @@ def paired(a, b):
 
 
 def sample_sheet(G, a, b, path, title, n=12):
-    """Rows input / translation / cycle, both ways, of the first test pictures; UNIT's reconstruction, the true answer."""
+    """Rows input / translation / cycle of the first test pictures, both ways; UNIT's reconstruction; the true answer."""
     rows, left, device = [], [], next(G.parameters()).device
     for x, y, way in ((a, b, "ab"), (b, a, "ba")):
         X, Y = way.upper()
@@ -432,7 +435,7 @@ def train(cfg, a, b, out, device):
         opt_G.step()
         D.requires_grad_(True)
 
-        if step % cfg.log_every == 0 or step == cfg.steps or step == start + 1:      # the only place that waits for the device
+        if step % cfg.log_every == 0 or step == cfg.steps or step == start + 1:      # the only wait for the device
             with torch.no_grad():
                 row = {"D": loss_D, "G": terms["gan"], "D(x)": probability(real.float()).mean(),
                        "z1": probability(fake.float()).mean(), "z2": probability(fake2.float()).mean(),
@@ -444,8 +447,8 @@ def train(cfg, a, b, out, device):
                 row = dict(zip(row, torch.stack([v.float() for v in row.values()]).tolist()))
                 finite = torch.stack([p.sum() for net in (G, D) for p in net.parameters()]).isfinite().all().item()
             if not (finite and np.isfinite(list(row.values())).all()):
-                raise UserError(f"a loss, gradient or weight is not finite at step {step}; the last good checkpoint is in "
-                                f"{out}: try a lower --lr")
+                raise UserError(f"a loss, gradient or weight is not finite at step {step}; the last good checkpoint is "
+                                f"in {out}: try a lower --lr")
             log.write(step, (step - marked) * cfg.batch / (time.monotonic() - mark), **row)
             mark, marked = time.monotonic(), step
         last = step == cfg.steps or bool(stop)
@@ -462,22 +465,23 @@ def train(cfg, a, b, out, device):
 
 
 def restore(parts, path, cfg, device):
-    """Load a checkpoint into networks, optimisers, pools; UserError when it was trained with other settings. Returns its step."""
+    """A checkpoint into networks, optimisers, pools; UserError when trained with other settings. Returns its step."""
     state = data.load_checkpoint(path, device)
     try:
         for k, v in dataclasses.asdict(cfg).items():
             if k not in FREE - {"model"} and state["config"][k] != v:
-                raise UserError(f"{path} was trained with --{k.replace('_', '-')} {state['config'][k]}, not {v}; give that "
-                                "flag, or another --out, or --overwrite 1")
+                raise UserError(f"{path} was trained with --{k.replace('_', '-')} {state['config'][k]}, not {v}; give "
+                                "that flag, or another --out, or --overwrite 1")
         for k, part in parts.items():
             part.load_state_dict(state[k])
         data.set_rng_state(state["rng"])
         return state["step"]
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is no checkpoint of this model ({str(e).splitlines()[0]}); name another --out") from None
+        why = str(e).splitlines()[0]
+        raise UserError(f"{path} is no checkpoint of this model ({why}); name another --out") from None
 
 
-# ---- evaluation --------------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------------------------
 
 def psnr(x, y):
     """10 log10(1 / mean squared error) in dB, mean over the pictures; pictures in [-1, 1] count as [0, 1]."""
@@ -522,18 +526,8 @@ def direction_metrics(G, x, y, way, size):
     return {f"{way} {k}": float(v) for k, v in m.items()}
 
 
-def line(m, way):
-    """One direction's metrics in words."""
-    text = f"{way}       cycle L1 {m[f'{way} cycle']:.4f}, change L1 {m[f'{way} change']:.4f}"
-    if f"{way} L1" in m:
-        text += "".join(f"\n{'':9}{k} to the true picture {m[f'{way} {k}']:.4g} (identity {m[f'{way} {k} identity']:.4g}, "
-                        f"best colour map {m[f'{way} {k} colour map']:.4g})" for k in ("L1", "PSNR"))
-    if f"{way} hair kept" in m:
-        text += f"\n{'':9}hair kept {m[f'{way} hair kept']:.1%}, eyes kept {m[f'{way} eyes kept']:.1%}"
-    return text
-
-
-PANELS = [("losses (GAN terms)", ["D", "G"]), ("D of real, of fake before (z1) and after (z2) its step", ["D(x)", "z1", "z2"]),
+PANELS = [("losses (GAN terms)", ["D", "G"]),
+          ("D of real, of fake before (z1) and after (z2) its step", ["D(x)", "z1", "z2"]),
           ("L1 of cycle and of reconstruction, black 0, white 1", ["cycle", "rec"]),
           ("L1 to the true picture, test", ["L1 ab", "L1 ba"]), ("gradient norms", ["|dD|", "|dG|"]),
           ("UNIT's KL terms", ["kl", "cycle_kl"])]
@@ -544,7 +538,7 @@ def evaluate(cfg, G, D, step, log, a, b, out, device):
     wrote = [sample_sheet(G, a, b, out / "translations.png", f"{cfg.model}, step {step}", 16)]
     if log.table:
         sheets = sorted(out.glob("[0-9]*.png"))
-        wrote += [sheets[-1], data.curves(out / "curves.png", log.table, PANELS), data.gif(out / "training.gif", sheets)]
+        wrote += [data.curves(out / "curves.png", log.table, PANELS), data.gif(out / "training.gif", sheets)]
     m = direction_metrics(G, a, b, "ab", cfg.size) | direction_metrics(G, b, a, "ba", cfg.size)
     count = {"G": sum(p.numel() for p in G.parameters()), "D": sum(p.numel() for p in D.parameters())}
     seconds = log.table["seconds"][-1] if log.table else 0.
@@ -553,8 +547,13 @@ def evaluate(cfg, G, D, step, log, a, b, out, device):
         versions=data.versions(), data={s: dict(name=x.name, n=len(x.images), sha256=data.fingerprint(x.images))
                                         for s, x in (("a", a), ("b", b))},
         parameters=count, seconds=seconds, images_per_second=step * cfg.batch / seconds if seconds else 0., metrics=m))
-    print(line(m, "ab") + "\n" + line(m, "ba"))
+    keys = [k[3:] for k in m if k[:2] == "ab"]
+    print(f"{'test pictures':18}{'A to B':>10}{'B to A':>10}")
+    print("\n".join(f"{k:18}{m[f'ab {k}']:10.4g}{m.get(f'ba {k}', np.nan):10.4g}" for k in keys))
     print("wrote    " + " ".join(str(p) for p in wrote + [out / "result.json"]))
+    if "L1" in keys:
+        print("L1 to the true picture, as a share of doing nothing's: " +
+              ", ".join(f"{w} {m[f'{w} L1'] / m[f'{w} L1 identity']:.1%}" for w in ("ab", "ba")))
     return m
 
 
@@ -581,7 +580,7 @@ def translate_files(cfg, out, device):
 
 
 def run_sweep(cfg, out, device):
-    """--sweep: one run for each lambda, then input, translation and cycle of all on one sheet, and errors over lambda."""
+    """--sweep: a run for each lambda, then input, translation and cycle of all on one sheet, and errors over lambda."""
     a, b = load_styles(cfg)
     lambdas, table, n = [float(v) for v in cfg.sweep.split(",")], {}, 14
     real = to_float(a.test[:n].to(device))
@@ -596,19 +595,20 @@ def run_sweep(cfg, out, device):
             table.setdefault(k, []).append(v)
     table["log10 lambda (0 stands at -3)"] = np.log10(np.maximum(lambdas, 1e-3)).tolist()
     mean = lambda k: [(p + q) / 2 for p, q in zip(table[f"ab {k}"], table[f"ba {k}"])]
-    table |= {k: mean(k) for k in ("cycle", "change", "L1", "L1 identity", "hair kept", "eyes kept", "FID") if f"ab {k}" in table}
+    names = [k for k in ("cycle", "change", "L1", "L1 identity", "hair kept", "eyes kept", "FID") if f"ab {k}" in table]
+    table |= {k: mean(k) for k in names}
     data.sheet(rows, out / "sweep.png", left, title=f"lambda_cycle, {cfg.steps} steps each, A to B and back")
-    data.curves(out / "sweep-curves.png", table, [("L1 of the cycle, and to the true picture", ["cycle", "L1", "L1 identity"]),
-                ("share of hair and eye colours kept", ["hair kept", "eyes kept"]), ("L1 of translation to input", ["change"]),
-                ("FID to the target style", ["FID"])], x="log10 lambda (0 stands at -3)")
-    names = [k for k in ("cycle", "change", "L1", "hair kept", "eyes kept", "FID") if k in table]
+    panels = [("L1 of the cycle, and to the true picture", ["cycle", "L1", "L1 identity"]),
+              ("share of hair and eye colours kept", ["hair kept", "eyes kept"]),
+              ("L1 between translation and input", ["change"]), ("FID to the target style", ["FID"])]
+    data.curves(out / "sweep-curves.png", table, panels, x="log10 lambda (0 stands at -3)")
     lines = ["| lambda | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     lines += [f"| {v:g} | " + " | ".join(f"{table[k][i]:.4g}" for k in names) + " |" for i, v in enumerate(lambdas)]
     data.write_text(out / "sweep.md", "\n".join(lines) + "\n")
-    print("\n".join(lines) + f"\nwrote    {out / 'sweep.png'} {out / 'sweep-curves.png'} {out / 'sweep.md'}")
+    print("\n".join(lines + [f"wrote    {out / 'sweep.png'} {out / 'sweep-curves.png'} {out / 'sweep.md'}"]))
 
 
-# ---- main --------------------------------------------------------------------------------------------------------------
+# ---- main ----------------------------------------------------------------------------------------------------------
 
 def check(cfg):
     """Combinations that make no sense end here, in one line."""
@@ -636,7 +636,7 @@ def check(cfg):
     except ValueError:
         ok = False
     if not ok or (cfg.sweep and cfg.steps == 0):
-        raise UserError(f"--sweep {cfg.sweep} --steps {cfg.steps}: numbers >= 0 with commas between them, and some steps")
+        raise UserError(f"--sweep {cfg.sweep} --steps {cfg.steps}: it takes numbers >= 0 with commas, and steps > 0")
 
 
 def run(cfg, a, b, out, device):
@@ -646,8 +646,8 @@ def run(cfg, a, b, out, device):
           f"  bfloat16 {'on' if data.use_bf16(cfg.amp, device) else 'off'}", flush=True)
     if cfg.model == "cyclegan":
         k = 3 * cfg.size ** 2
-        print(f"lambda   {cfg.lambda_cycle:g} on the L1 summed over a picture's {k:,} numbers = {cfg.lambda_cycle * k:.3g} on the "
-              "mean L1, where the paper has 10", flush=True)
+        print(f"lambda   {cfg.lambda_cycle:.4g} on the L1 summed over a picture's {k:,} numbers = "
+              f"{cfg.lambda_cycle * k:.3g} on the mean L1, where the paper has 10", flush=True)
     a, b = (s._replace(images=s.images.to(device)) for s in (a, b))
     G, D, step, log = train(cfg, a, b, out, device)
     return G, evaluate(cfg, G, D, step, log, a, b, out, device)

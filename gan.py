@@ -594,6 +594,11 @@ def worst_pair(wanted, got, names):
     return f"{names[i]} taken for {names[j]} {100 * share[i, j]:.0f}% of the time"
 
 
+def chi2_bound(k):
+    """The 95% point of chi-square with k degrees of freedom, Wilson & Hilferty 1931."""
+    return k * (1 - 2 / (9 * k) + 1.645 * (2 / (9 * k)) ** .5) ** 3
+
+
 def collapsed_at(log):
     """The first logged step from which the fakes' spread stays under a third of the real images', or -1: never."""
     steps, low = log.table["step"], [s < 1 / 3 for s in log.table["spread"]]

@@ -1,7 +1,7 @@
 """Tests: every equation against a closed form or a reference, every promise tried. `make test`; no network is needed.
 
 Real data and reference numbers are used where ../shared (or DATA_DIR) has them and skipped elsewhere. Each test was
-seen to fail with the code it guards broken. `python -m pytest -k kill --kills 30` is the long form of the kill test.
+seen to fail with the code it guards broken. `KILLS=30 python -m pytest test_all.py -k kill` is the long kill test.
 """
 import contextlib, dataclasses, functools, http.server, importlib.util, io, json, math, os, pickle, random, re, shutil, signal, struct
 import subprocess, sys, tarfile, threading, time
@@ -669,7 +669,7 @@ def test_mutated_files_give_a_result_or_one_clear_error(monkeypatch):
     for kind, words in (("png", {}), ("jpg", {}), ("gif", {}), ("bmp", {}), ("webp", {})):
         picture.save(f"p.{kind}", **words)
         seeds[kind] = (Path(f"p.{kind}").read_bytes(), lambda f: data.read_picture(f))
-    seeds["idx.gz"] = (idx_bytes(np.arange(600, dtype=np.uint8 if False else np.int64).astype(np.uint8).reshape(6, 10, 10)), data.read_idx)
+    seeds["idx.gz"] = (idx_bytes(np.arange(600).astype(np.uint8).reshape(6, 10, 10)), data.read_idx)
     data.save_checkpoint("c.pt", dict(step=1, w=torch.randn(40)))
     seeds["pt"] = (Path("c.pt").read_bytes(), data.load_checkpoint)
     tags = "".join(f"{i},{data.FACES[i]}\n" for i in range(20)).encode()
@@ -759,12 +759,12 @@ def test_same_seed_same_result_and_two_seeds_differ(home):
     assert Path("o/a/000005.png").read_bytes() == Path("o/b/000005.png").read_bytes() != Path("o/c/000005.png").read_bytes()
 
 
-def test_kill_at_any_moment_and_go_on(home, request):
+def test_kill_at_any_moment_and_go_on(home):
     """SIGKILL at random moments; the same command again ends in the networks of an undisturbed run, bit for bit."""
     words = [sys.executable, str(ROOT / "gan.py"), "dcgan", *map(str, TINY), "--steps", "60", "--resume", "1", "--show", "interp"]
     subprocess.run([*words, "--out", "whole"], check=True, capture_output=True)
-    r, kills = random.Random(1), 0
-    for _ in range(request.config.getoption("--kills", 4) * 6):
+    r, kills, wanted = random.Random(1), 0, int(os.environ.get("KILLS", 4))
+    while True:
         p = subprocess.Popen([*words, "--out", "cut"], stdout=subprocess.DEVNULL)
         wait = time.monotonic() + r.uniform(1.5, 5)
         while p.poll() is None and time.monotonic() < wait:
@@ -778,7 +778,7 @@ def test_kill_at_any_moment_and_go_on(home, request):
             data.load_checkpoint("cut/last.pt")                      # never a half one
         for png in Path("cut").glob("[0-9]*.png"):
             Image.open(png).load()
-        if kills >= request.config.getoption("--kills", 4):
+        if kills >= wanted:
             subprocess.run([*words, "--out", "cut"], check=True, capture_output=True)
             break
     a, b = (torch.load(f"{o}/last.pt", weights_only=True) for o in ("whole", "cut"))
