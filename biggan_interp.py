@@ -1,22 +1,48 @@
-"""BigGAN-deep and what lies between its classes.
+"""biggan_interp.py: BigGAN-deep, what lies between its classes, and a t-SNE map of them.
 
-(header with measured figures comes last)
+    python biggan_interp.py                                     published weights if they can be had, else a small one
+    python biggan_interp.py --classes "tiger cat" "Persian cat" --model published --size 256
+
+BigGAN (Brock 2019) gives every class y a learnt vector r_y. Between two classes lies r = alpha r_1 + (1 - alpha) r_2,
+a class that was in no training set; G(z, r) at a fixed z shows what the network thinks it looks like. Here: the
+generator written out for the published weights (128, 256, 512); a small one of the same code, trained below on drawn
+faces whose classes are 12 hair x 11 eye colours; t-SNE (van der Maaten & Hinton 2008); walks between classes, between
+noise vectors and along the truncation.
 """
-import copy
-import json
-import math
-import sys
-import time
-from dataclasses import asdict, dataclass
+import copy, dataclasses, difflib, json, math, sys, time
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
+import fid
+from data import UserError, to_float, to_uint8
 
-# ---- the generator, BigGAN-deep (Brock 2019, appendix B, figure 16) ----------------------------------------------
-BLOCKS = {  # picture size -> (upsample?, channels in, channels out), in multiples of the channel width
-    32: [(1, 8, 8), (1, 8, 4), (0, 4, 4), (1, 4, 2)],  # ours, for a CPU
+
+@dataclass
+class Run:
+    classes: tuple = ()             # two classes to walk between, by name or index, instead of the built-in pairs
+    model: str = "auto"             # published (ImageNet), small (faces, trained here), auto: published if it can be had
+    size: int = 128                 # published model: 128, 256 or 512
+    truncation: float = 0.5         # noise is cut at 2 and multiplied by this: lower is cleaner and less varied
+    steps: int = 3000               # training steps of the small model; 0: only use one that is trained
+    seed: int = 0                   # seed of weights, batches, noise and t-SNE
+    log_every: int = 50             # steps between two lines of the log
+    sample_every: int = 500         # steps between two sample grids and checkpoints
+    device: str = "auto"            # auto, cuda, mps, cpu
+    out: str = ""                   # folder of the run; empty: out/biggan-<what differs>
+    resume: int = 0                 # 1: go on in a folder that holds a run
+    overwrite: int = 0              # 1: replace the run in the folder
+
+
+# ---- the generator: BigGAN-deep (Brock 2019, appendix B) --------------------------------------------------------------
+
+BLOCKS = {  # picture size -> (upsample?, channels in, channels out) in multiples of the channel width
+    32: [(1, 8, 8), (1, 8, 4), (1, 4, 2)],                                # ours, for a CPU
     128: [(0, 16, 16), (1, 16, 16), (0, 16, 16), (1, 16, 8), (0, 8, 8), (1, 8, 4), (0, 4, 4), (1, 4, 2), (0, 2, 2),
           (1, 2, 1)],
     256: [(0, 16, 16), (1, 16, 16), (0, 16, 16), (1, 16, 8), (0, 8, 8), (1, 8, 8), (0, 8, 8), (1, 8, 4), (0, 4, 4),
@@ -205,3 +231,533 @@ def truncated_noise(n, z_dim, truncation=1.0, seed=0):
     u = torch.rand(n, z_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     low, high = torch.special.ndtr(torch.tensor([-2.0, 2.0], dtype=torch.float64))
     return truncation * torch.special.ndtri(low + u * (high - low)).float()
+
+
+# ---- the published weights --------------------------------------------------------------------------------------------
+
+S3 = "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-{}-pytorch_model.bin"
+MIRRORS = {128: ("https://huggingface.co/osanseviero/BigGAN-deep-128/resolve/main/pytorch_model.bin",
+                 "b86146a8cfcde4cda135adba4b2806f78b3abe2dac9d0fd090cc3ab318604ad9")}
+MEGABYTES = {128: 201, 256: 224, 512: 225}
+
+
+def fetch_published(size):
+    """Path of the published state dict, from disk or the network; data.Unavailable says what to put where."""
+    name, words = S3.format(size).split("/")[-1], f"{MEGABYTES[size]} MiB"
+    try:
+        return data.fetch(name, [S3.format(size)], size=words)
+    except data.Unavailable as e:
+        if size not in MIRRORS:
+            raise
+        try:
+            return data.fetch(name, [MIRRORS[size][0]], MIRRORS[size][1], words)
+        except data.Unavailable:
+            raise e from None
+
+
+def load_published(path, config=Config()):
+    """Generator from a published state dict, spectral norms folded. UserError names the first key that does not fit."""
+    try:
+        state = data.load_checkpoint(path)
+    except UserError:
+        raise UserError(f"{path} is cut off or no state dict; delete it and run again, or take --model small") from None
+    with torch.device("meta"):                                            # shapes only: the file brings the numbers
+        G = Generator(config)
+    for key, wanted in G.state_dict().items():
+        if key not in state:
+            raise UserError(f"{path} is not BigGAN-deep-{config.size}: key {key} is missing")
+        if getattr(state[key], "shape", None) != wanted.shape:
+            raise UserError(f"{path} is not BigGAN-deep-{config.size}: {key} has shape "
+                            f"{list(getattr(state[key], 'shape', []))}, not {list(wanted.shape)}")
+    if extra := state.keys() - G.state_dict().keys():
+        raise UserError(f"{path} is not BigGAN-deep-{config.size}: it has an extra key {min(extra)}")
+    G.load_state_dict(state, assign=True)                                 # without a second copy of 200 MB
+    return fold(G.requires_grad_(False))
+
+
+# ---- the small BigGAN: 132 classes of drawn faces ---------------------------------------------------------------------
+
+SMALL = Config(size=32, z_dim=32, class_embed_dim=64, channel_width=16, num_classes=132, attention_layer_position=2)
+BATCH, LR, BETAS, EMA = 64, 1e-3, (0.0, 0.99), 0.999
+
+
+class Discriminator(nn.Module):
+    """Projection discriminator (Miyato & Koyama 2018, eq. 4): D(x, y) = v_y . phi(x) + psi(phi(x)), a logit (N,).
+
+    x (N, 3, 32, 32) in [-1, 1], y (N,) int64. Every layer is spectrally normalised, v_y included; no batch norm."""
+
+    def __init__(self, classes, h=64):
+        super().__init__()
+        self.phi = nn.Sequential(Spectral(h, 3, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.1),          # 32 -> 16
+                                 Spectral(2 * h, h, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.1),      # 16 -> 8
+                                 Spectral(4 * h, 2 * h, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.1))  # 8 -> 4
+        self.psi, self.v = Spectral(1, 4 * h), Spectral(classes, 4 * h, bias=False)
+
+    def forward(self, x, y):
+        h = self.phi(x).sum((2, 3))                                       # (N, 3, 32, 32) -> (N, 4h)
+        return self.psi(h)[:, 0] + (self.v.weight()[y] * h).sum(1)
+
+
+def d_loss(real, fake):
+    """Hinge loss (Lim & Ye 2017): E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))); 2 at D = 0."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def g_loss(fake):
+    """-E D(G(z))."""
+    return -fake.mean()
+
+
+@torch.no_grad()
+def fill_statistics(G, rows=None, per_class=2):
+    """Fill the batch-norm tables of a folded G: run it at each truncation and note every layer's mean and variance.
+
+    The tables of the published files came about in the same way. rows: only these rows; the last is truncation 1."""
+    norms = [m for m in G.train().modules() if isinstance(m, BatchNorm)]
+    y = torch.arange(G.config.num_classes, device=norms[0].running_vars.device).repeat(per_class)
+    for row in range(G.config.n_stats) if rows is None else rows:
+        def note(norm, inputs):
+            norm.running_vars[row], norm.running_means[row] = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
+        hooks = [m.register_forward_pre_hook(note) for m in norms]
+        G(truncated_noise(len(y), G.config.z_dim, row / (G.config.n_stats - 1), seed=row).to(y.device), y)
+        for hook in hooks:
+            hook.remove()
+    return G.eval()
+
+
+def sampler(G_ema, rows=None):
+    """The network that samples are drawn from: a copy of the averaged G, folded, with statistics of its own weights."""
+    G = copy.deepcopy(G_ema)
+    for layer in G.modules():
+        if isinstance(layer, Spectral):                                   # u and v of the average are not averages
+            layer.power_iteration(50)
+    return fill_statistics(fold(G), rows)
+
+
+@torch.no_grad()
+def sample(G, z, y, truncation=1.0):
+    """Images uint8 (N, 3, H, W) on the CPU for noise (N, z_dim), classes or embeddings (N, ...); by the hundred."""
+    return torch.cat([to_uint8(G(a, b, truncation)).cpu() for a, b in zip(z.split(100), y.split(100))])
+
+
+def train(cfg, images, labels, out, checkpoint, device):
+    """Train the small BigGAN on uint8 images (N, 3, 32, 32) and labels (N,), both on the device; goes on from the file
+    `checkpoint` if it is there. Writes grids and log.csv to out. Returns (averaged G, ready to sample from; log)."""
+    torch.manual_seed(cfg.seed)
+    G, D = Generator(SMALL).to(device), Discriminator(SMALL.num_classes).to(device)
+    for layer in [*G.modules(), *D.modules()]:
+        if isinstance(layer, Spectral):
+            nn.init.orthogonal_(layer.weight_orig)                        # Brock 2019, section 3
+            layer.power_iteration(5)
+    nn.init.normal_(G.embeddings.weight, std=0.02)                        # classes start together and part in training
+    G_ema = copy.deepcopy(G).requires_grad_(False)
+    opt_G, opt_D = (torch.optim.Adam(net.parameters(), LR, BETAS, fused=True) for net in (G, D))
+    parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D)
+    start = 0
+    if checkpoint.exists():
+        state = data.load_checkpoint(checkpoint, device)
+        for k, part in parts.items():
+            part.load_state_dict(state[k])
+        data.set_rng_state(state["rng"])
+        start = state["step"]
+    log, stop = data.Log(out, cfg.steps, start), data.interrupts()
+    grid_y = torch.arange(0, 132, 2, device=device)
+    grid_z = truncated_noise(len(grid_y), SMALL.z_dim, seed=cfg.seed).to(device)
+    mark, marked = time.monotonic(), start
+
+    for step in range(start + 1, cfg.steps + 1):
+        for opt in (opt_G, opt_D):                                        # constant, then linearly to 0
+            opt.param_groups[0]["lr"] = LR * min(1.0, 2 * (1 - (step - 1) / cfg.steps))
+
+        # ---- D: raise D(x, y), lower D(G(z, y), y) ----
+        i = torch.randint(len(images), (BATCH,), device=device)
+        x, y = to_float(images[i]), labels[i]                             # (N, 3, 32, 32), (N,)
+        y_fake = torch.randint(SMALL.num_classes, (BATCH,), device=device)
+        x_fake = G(torch.randn(BATCH, SMALL.z_dim, device=device), y_fake)
+        real, fake = D(torch.cat([x, x_fake.detach()]), torch.cat([y, y_fake])).split(BATCH)  # detach: D's loss must
+        loss_D = d_loss(real, fake)                                       # not reach into G; one pass: D has no BN
+        opt_D.zero_grad()
+        loss_D.backward()
+        opt_D.step()
+
+        # ---- G: raise D(G(z, y), y), on the same fakes, against the D just improved ----
+        D.requires_grad_(False)                                           # D's own gradients are not needed here
+        loss_G = g_loss(D(x_fake, y_fake))
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        D.requires_grad_(True)
+        with torch.no_grad():                                             # theta_ema <- EMA theta_ema + (1 - EMA) theta
+            torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - min(EMA, step / (step + 10)))
+
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):           # the only place that waits for the device
+            row = {"D": loss_D, "G": loss_G, "D(x)": real.mean(), "D(G(z))": fake.mean(), "|r|": G.embeddings.weight.norm(dim=0).mean()}
+            row = dict(zip(row, torch.stack([v.detach() for v in row.values()]).tolist()))
+            if not np.isfinite(list(row.values())).all():
+                raise UserError(f"a loss is not finite at step {step}; the last good checkpoint is {checkpoint}; try another --seed")
+            log.write(step, (step - marked) * BATCH / (time.monotonic() - mark), **row)
+            mark, marked = time.monotonic(), step
+        last = step == cfg.steps or bool(stop)
+        if last or step % cfg.sample_every == 0:
+            data.save(data.grid(sample(sampler(G_ema, [-1]), grid_z, grid_y), 11), out / f"{step:06d}.png")
+            data.save_checkpoint(checkpoint, dict({k: v.state_dict() for k, v in parts.items()}, step=step,
+                                                  rng=data.rng_state()))
+            mark, marked = time.monotonic(), step
+        if stop:
+            print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
+            raise KeyboardInterrupt
+    return sampler(G_ema), log
+
+
+def small(cfg, out, device):
+    """The small BigGAN of cfg.seed from downloads/, or trained now and kept there. Returns (G, log or None)."""
+    stem = f"biggan-small-{cfg.steps}-{cfg.seed}"
+    path, checkpoint = data.DOWNLOADS / f"{stem}.pt", data.DOWNLOADS / f"{stem}-last.pt"
+    log = None
+    if not path.exists():
+        _, images, labels, _ = data.choose("faces-a", SMALL.size)
+        G, log = train(cfg, images.to(device), labels.to(device), out, checkpoint, device)
+        data.save_checkpoint(path, dict(config=dataclasses.asdict(SMALL), G=G.state_dict()))
+        checkpoint.unlink(missing_ok=True)
+    state = data.load_checkpoint(path, device)
+    try:
+        G = Generator(Config(**state["config"])).to(device)
+        G.load_state_dict(state["G"])
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise UserError(f"{path} is no small BigGAN ({str(e).splitlines()[0]}); delete it and run again") from None
+    return fold(G.requires_grad_(False)), log
+
+
+# ---- t-SNE (van der Maaten & Hinton 2008) -----------------------------------------------------------------------------
+
+def conditional(x, perplexity):
+    """p_{j|i} = exp(-beta_i |x_i - x_j|^2) / sum_k (eq. 1, beta = 1 / 2 sigma^2), (n, d) -> (n, n) float64, diagonal 0.
+
+    beta_i by bisection, all rows at once, so that row i's perplexity 2^H = exp(H in nats) is the wanted one (sec. 2)."""
+    n, x = len(x), x.double()
+    if not 1 < perplexity < n - 1:
+        raise ValueError(f"perplexity {perplexity} is not between 1 and n - 1 = {n - 1}")
+    others = ~torch.eye(n, dtype=torch.bool, device=x.device)
+    d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()[others].view(n, n - 1)
+    d2 = d2 - d2.amin(1, keepdim=True)                                    # the same p, and no underflow of all of them
+    d2 = d2 / d2.mean(1, keepdim=True).clamp(min=1e-300)
+    low = torch.full_like(d2[:, :1], -20.0)                               # bounds of ln beta, (n, 1)
+    high = -low
+    for _ in range(50):                                                   # leaves 40 / 2^50
+        middle = (low + high) / 2
+        e = (-middle.exp() * d2).exp()
+        total = e.sum(1, keepdim=True)
+        H = total.log() + middle.exp() * (e * d2).sum(1, keepdim=True) / total    # entropy: falls as beta grows
+        flat = H > math.log(perplexity)
+        low, high = torch.where(flat, middle, low), torch.where(flat, high, middle)
+    p = torch.zeros(n, n, dtype=x.dtype, device=x.device)
+    p[others] = (e / total).flatten()
+    return p
+
+
+def affinities(x, perplexity=30.0):
+    """P (n, n), sums to 1: p_ij = (p_{j|i} + p_{i|j}) / 2n (section 3.1)."""
+    p = conditional(x, perplexity)
+    return (p + p.T) / (2 * len(p))
+
+
+def student(y):
+    """w_ij = 1 / (1 + |y_i - y_j|^2), (n, 2) -> (n, n), diagonal 0; q_ij = w_ij / sum w (eq. 4)."""
+    s = y.square().sum(1)
+    return torch.addmm(s[:, None] + 1, y, y.T, alpha=-2).add_(s).clamp_(min=1).fill_diagonal_(math.inf).reciprocal()
+
+
+def kl(P, y):
+    """C = KL(P || Q) = sum p_ij log p_ij / q_ij (section 3)."""
+    w = student(y)
+    q = w / w.sum()
+    return torch.where(P > 0, P * (P.clamp(min=1e-300) / q.clamp(min=1e-300)).log(), 0.0).sum()
+
+
+def kl_gradient(P, y):
+    """dC/dy_i = 4 sum_j (p_ij - q_ij) w_ij (y_i - y_j) (eq. 5), (n, 2)."""
+    w = student(y)
+    f = torch.addcdiv(P, w, w.sum(), value=-1).mul_(w)                    # (p - q) w
+    return 4 * (f.sum(1, keepdim=True) * y - f @ y)
+
+
+@torch.no_grad()
+def tsne(x, perplexity=30.0, seed=0, steps=1000):
+    """Map points (n, d) to the plane, neighbours to neighbours -> (n, 2) float64; the same seed, the same map.
+
+    Section 3.4: start from N(0, 1e-4 I), momentum 0.5 then 0.8, gains of Jacobs (1988). Early exaggeration 12 for 250
+    steps (van der Maaten 2014) where the paper has 4 for 50. Exact: n^2 work and memory a step."""
+    P = affinities(x, perplexity)
+    y = 1e-2 * torch.randn(len(x), 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(P.device)
+    lr, velocity, gain = max(len(x) / 5, 50.0), torch.zeros_like(y), torch.ones_like(y)
+    for step in range(steps):
+        early = step < 250
+        gradient = kl_gradient(12 * P if early else P, y)
+        gain = torch.where(gradient * velocity < 0, gain + 0.2, gain * 0.8).clamp_(min=0.01)
+        velocity = (0.5 if early else 0.8) * velocity - lr * gain * gradient
+        y = y + velocity
+    return y - y.mean(0)
+
+
+# ---- classes and their names ------------------------------------------------------------------------------------------
+
+NAMES_URL = "https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/master/imagenet-simple-labels.json"
+COURSE = {282: "tiger cat", 283: "Persian cat", 181: "Bedlington terrier", 184: "Irish terrier", 837: "sunglasses",
+          1: "goldfish", 826: "stopwatch", 2: "great white shark"}
+PAIRS = [(282, 283), (181, 184), (837, 1), (826, 2)]                      # two good ones and two bad ones, says the course
+FACE_PAIRS = [("blue hair green eyes", "aqua hair green eyes"), ("red hair blue eyes", "red hair yellow eyes"),
+              ("black hair red eyes", "white hair aqua eyes"), ("blonde hair purple eyes", "green hair brown eyes")]
+GROUPS = [(0, "fish"), (7, "bird"), (25, "reptile, frog"), (69, "insect, spider"), (80, "bird"), (101, "other mammal"),
+          (107, "sea animal"), (127, "bird"), (147, "other mammal"), (151, "dog"), (269, "wolf, cat, bear"),
+          (298, "other mammal"), (300, "insect, spider"), (327, "sea animal"), (330, "other mammal"), (389, "fish"),
+          (398, "artefact"), (924, "food, plant"), (970, "landscape"), (981, "artefact"), (984, "food, plant"),
+          (999, "artefact")]                                              # first ImageNet class of each stretch
+
+
+def imagenet_names():
+    """1000 names; without the list, the course's eight and numbers. A name that stands twice gets its index."""
+    try:
+        names = json.loads(data.fetch("imagenet-simple-labels.json", [NAMES_URL]).read_text())
+        if len(names) != 1000 or not all(isinstance(n, str) for n in names):
+            raise ValueError
+    except data.Unavailable:
+        print("names    the list of ImageNet names cannot be had: eight names and numbers instead")
+        names = [f"class {i}" for i in range(1000)]
+    except (ValueError, TypeError):
+        raise UserError(f"{data.find('imagenet-simple-labels.json')} is no list of 1000 names; delete it and run again") from None
+    names = [COURSE.get(i, n) for i, n in enumerate(names)]
+    return [f"{n} ({i})" if i not in COURSE and names.count(n) > 1 else n for i, n in enumerate(names)]
+
+
+def class_index(word, names):
+    """Index of a class given by index, by name or by a part of one name only. UserError lists the near names."""
+    word = str(word).strip().lower()
+    if word.isdigit() and int(word) < len(names):
+        return int(word)
+    low = [n.lower() for n in names]
+    hits = [i for i, n in enumerate(low) if n == word] or [i for i, n in enumerate(low) if word and word in n]
+    if len(hits) == 1:
+        return hits[0]
+    near = hits[:8] or [low.index(n) for n in difflib.get_close_matches(word, low, 8, 0.5)]
+    raise UserError(f"class {word!r} is {'ambiguous' if hits else 'unknown'}" +
+                    (f"; near: {', '.join(f'{names[i]} [{i}]' for i in near)}" if near else "") +
+                    f"; give a name or an index from 0 to {len(names) - 1}")
+
+
+# ---- walks ------------------------------------------------------------------------------------------------------------
+
+def between(r1, r2, alphas):
+    """r = alpha r1 + (1 - alpha) r2: (d,), (d,) -> (len(alphas), d). Exactly r1 at alpha = 1, r2 at 0."""
+    alphas = torch.as_tensor(alphas, dtype=r1.dtype, device=r1.device)[:, None]
+    return alphas * r1 + (1 - alphas) * r2
+
+
+@torch.no_grad()
+def row(G, z, r, truncation):
+    """Images uint8 (k, 3, H, W) on the CPU for z (1 or k, z_dim) and r (1 or k, embed). One at a time: in a batch the
+    last bits of a picture can depend on its neighbours."""
+    k = max(len(z), len(r))
+    return torch.cat([sample(G, z[i % len(z)][None], r[i % len(r)][None], truncation) for i in range(k)])
+
+
+def smoothness(x, features=None):
+    """A row uint8 (k, 3, H, W) -> mean step in pixels (0..255), largest over mean step, mean step in feature distance."""
+    steps = (x[1:].float() - x[:-1].float()).abs().mean((1, 2, 3))
+    f = 0.0 if features is None else (lambda h: (h[1:] - h[:-1]).norm(dim=1).mean().item())(features(x))
+    return steps.mean().item(), (steps.max() / steps.mean().clamp(min=1e-9)).item(), f
+
+
+def cosine_distances(r):
+    """(n, d) -> (n, n): 1 - cos of the angle between two embeddings."""
+    r = F.normalize(r.double(), dim=1)
+    return 1 - r @ r.T
+
+
+def extreme_pairs(distance, count, farthest=False):
+    """The `count` nearest (or farthest) pairs i < j, every class in at most one pair so that the table shows variety."""
+    n, out, used = len(distance), [], set()
+    i, j = torch.triu_indices(n, n, 1)
+    for k in distance[i, j].argsort(descending=farthest).tolist():
+        a, b = i[k].item(), j[k].item()
+        if not {a, b} & used:
+            out.append((a, b))
+            used |= {a, b}
+        if len(out) == count:
+            break
+    return out
+
+
+def spearman(a, b):
+    """Rank correlation of two lists in [-1, 1]; 0 where one of them is constant."""
+    rank = lambda v: torch.tensor(v, dtype=torch.float64).argsort().argsort().double()
+    return torch.nan_to_num(torch.corrcoef(torch.stack([rank(a), rank(b)]))[0, 1]).item()
+
+
+# ---- pictures and numbers ---------------------------------------------------------------------------------------------
+
+ALPHAS = [1 - k / 10 for k in range(11)]                                  # from class 1 to class 2
+
+
+def walk_sheet(G, pairs, names, z, truncation, path, title, net=None):
+    """One row a pair (i, j) at one z (1, z_dim): class i on the left. Saves a PNG; returns each row's smoothness."""
+    rows = [row(G, z, between(G.embed(i), G.embed(j), ALPHAS), truncation) for i, j in pairs]
+    data.sheet(rows, path, [f"{names[i]} > {names[j]}" for i, j in pairs], [f"{a:.1f}" for a in ALPHAS], title)
+    return [smoothness(x, net and net.features) for x in rows]
+
+
+def latent_sheet(G, classes, names, truncation, seed, path):
+    """The other direction: z1 + k/10 (z2 - z1) at fixed class, one row a class."""
+    z = truncated_noise(2, G.config.z_dim, truncation, seed).to(G.embeddings.weight.device)
+    rows = [row(G, between(z[0], z[1], ALPHAS), G.embed(i)[None], truncation) for i in classes]
+    return data.sheet(rows, path, [names[i] for i in classes], [f"{a:.1f}" for a in ALPHAS],
+                      f"alpha z1 + (1 - alpha) z2 at fixed class, truncation {truncation:g}")
+
+
+def truncation_sheet(G, classes, names, seed, path):
+    """One noise vector, multiplied by a growing truncation: from the mean picture of a class to its variety."""
+    strip, base = [k / 10 for k in range(1, 11)], truncated_noise(1, G.config.z_dim, 1.0, seed).to(G.embeddings.weight.device)
+    rows = [torch.cat([row(G, t * base, G.embed(i)[None], t) for t in strip]) for i in classes]
+    return data.sheet(rows, path, [names[i] for i in classes], [f"{t:.1f}" for t in strip], "truncation of one noise vector")
+
+
+def are_near_pairs_smoother(G, distance, net, truncation, seed, count=24):
+    """Rank correlation, over random class pairs, of cosine distance and (mean pixel step, unevenness, feature step)."""
+    rng = np.random.RandomState(seed)
+    pairs = [tuple(rng.choice(len(distance), 2, replace=False)) for _ in range(count)]
+    z = truncated_noise(1, G.config.z_dim, truncation, seed).to(G.embeddings.weight.device)
+    d = [distance[i, j].item() for i, j in pairs]
+    rows = [row(G, z, between(G.embed(i), G.embed(j), ALPHAS[::2]), truncation) for i, j in pairs]
+    return [spearman(d, list(v)) for v in zip(*[smoothness(x, net and net.features) for x in rows])]
+
+
+def map_sheet(G, names, groups, group_names, colours, words, links, perplexity, seed, path):
+    """t-SNE of the class embeddings. Returns the KL divergence and how often the nearest point is of the same group."""
+    r = G.embeddings.weight.T.float().cpu()
+    start = time.monotonic()
+    y = tsne(r, perplexity, seed)
+    divergence, seconds = kl(affinities(r, perplexity), y).item(), time.monotonic() - start
+    nearest = torch.cdist(y, y).fill_diagonal_(math.inf).argmin(1)
+    same = (groups[nearest] == groups).double().mean().item()
+    data.scatter(path, y.numpy(), groups.tolist(), group_names, words, links, f"t-SNE of {len(r)} class embeddings: perplexity "
+                 f"{perplexity:g}, KL {divergence:.3f}, nearest point of the same group {100 * same:.0f}%", colours)
+    print(f"t-SNE    {len(r)} x {r.shape[1]} in {seconds:.1f} s, KL {divergence:.3f}; nearest point of the same group: {100 * same:.0f}%")
+    return {"t-SNE KL": divergence, "same group": same}
+
+
+def imagenet_group(i):
+    """Name of the group that ImageNet class i belongs to."""
+    return next(name for first, name in reversed(GROUPS) if i >= first)
+
+
+def attribute_metrics(G, net, device, per_class=20, seed=1):
+    """Share of samples whose hair and eyes the classifier sees as asked, and FID, at truncation 1."""
+    y = torch.arange(132, device=device).repeat(per_class)
+    x = sample(G, truncated_noise(len(y), G.config.z_dim, 1.0, seed).to(device), y)
+    hair, eyes = ((a == b).double().mean().item() for a, b in zip(net.attributes(x), (y.cpu() // 11, y.cpu() % 11)))
+    images, test = data.load("faces-a", 32)[0], data.load("faces-a", 32, "test")[0]
+    print(f"hair     {100 * hair:.1f}% as asked, eyes {100 * eyes:.1f}% (n = {len(x)}; the classifier on real test images: "
+          f"{' / '.join(f'{100 * a:.1f}%' for a in net.accuracy)})")
+    return {"hair accuracy": hair, "eyes accuracy": eyes, **fid.score(net, images, x, test)}
+
+
+def evaluate(cfg, G, kind, names, pairs, log, out, device):
+    """All pictures, the table of pairs, result.json."""
+    z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
+    if kind == "small":
+        net, groups, group_names = fid.classifier("faces-a", 32, device), torch.arange(132) // 11, data.HAIR
+        colours, perplexity = [data.RGB[h] for h in data.HAIR], 10.0
+        words = {i: data.EYES[i % 11] for i in range(132) if i % 4 == 0}
+    else:
+        net = fid.inception(device) if data.find(fid.WEIGHTS) else None
+        group_names = list(dict.fromkeys(g for _, g in GROUPS))
+        groups = torch.tensor([group_names.index(imagenet_group(i)) for i in range(1000)])
+        colours, perplexity = data.COLOURS, 30.0
+        words = {i: names[i] for i in [*COURSE, *range(9, 1000, 22)]}
+    distance = cosine_distances(G.embeddings.weight.T.cpu())
+    wrote = [out / f for f in ("interpolation.png", "pairs.png", "noise.png", "truncation.png", "tsne.png")]
+    result = map_sheet(G, names, groups, group_names, colours, words, pairs, perplexity, cfg.seed, wrote[4])
+    near, far = extreme_pairs(distance, 4), extreme_pairs(distance, 4, farthest=True)
+    text = f"r = alpha r1 + (1 - alpha) r2 at fixed z, truncation {cfg.truncation:g}"
+    steps = walk_sheet(G, pairs, names, z, cfg.truncation, wrote[0], text, net)
+    steps += walk_sheet(G, near + far, names, z, cfg.truncation, wrote[1], f"four nearest and four farthest pairs; {text}", net)
+    print("\n| pair | cosine distance | mean step (pixels, 0..255) | largest / mean step | mean step (features) |\n|---|---|---|---|---|")
+    for kind_of_pair, (i, j), (pixel, uneven, feature) in zip(["asked"] * len(pairs) + ["near"] * 4 + ["far"] * 4,
+                                                             [*pairs, *near, *far], steps):
+        print(f"| {kind_of_pair}: {names[i]} > {names[j]} | {distance[i, j]:.3f} | {pixel:.2f} | {uneven:.2f} | {feature:.2f} |")
+    c = are_near_pairs_smoother(G, distance, net, cfg.truncation, cfg.seed)
+    print(f"\nnear     are near classes better to walk between? Rank correlation with the distance over 24 random pairs: pixel step "
+          f"{c[0]:+.2f}, unevenness {c[1]:+.2f}" + (f", feature step {c[2]:+.2f}" if net else ""))
+    result |= {"distance ~ pixel step": c[0], "distance ~ unevenness": c[1], "distance ~ feature step": c[2]}
+    some = list(dict.fromkeys(i for pair in pairs for i in pair))[:4]
+    latent_sheet(G, some, names, cfg.truncation, cfg.seed, wrote[2])
+    truncation_sheet(G, some, names, cfg.seed, wrote[3])
+    if kind == "small":
+        y = torch.arange(132, device=device)
+        x = sample(G, truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).expand(132, -1).to(device), y)
+        wrote.append(data.sheet(list(x.split(11)), out / "classes.png", data.HAIR, data.EYES, "hair x eyes, one z"))
+        result |= attribute_metrics(G, net, device)
+    if log:
+        wrote += [data.curves(out / "curves.png", log.table, [("losses", ["D", "G"]), ("logits", ["D(x)", "D(G(z))"]),
+                                                             ("mean length of a class embedding", ["|r|"])]),
+                  data.gif(out / "training.gif", sorted(out.glob("[0-9]*.png")))]
+    data.write_json(out / "result.json", dict(
+        command="python " + " ".join(sys.argv), model=kind, config=dataclasses.asdict(cfg), network=dataclasses.asdict(G.config),
+        device=str(device), versions=data.versions(), step=cfg.steps, seconds=log.seconds if log else 0.0,
+        parameters=dict(G=sum(p.numel() for p in G.parameters())), metrics=result))
+    print("wrote    " + " ".join(str(p) for p in [*wrote, out / "result.json"]))
+    if kind == "small":
+        print(f"{fid.line(result)}; attributes as asked: hair {100 * result['hair accuracy']:.1f}%, eyes {100 * result['eyes accuracy']:.1f}%")
+
+
+# ---- main -------------------------------------------------------------------------------------------------------------
+
+def check(cfg):
+    """What makes no sense ends here, in one line."""
+    if cfg.model not in ("auto", "published", "small"):
+        raise UserError(f"--model {cfg.model} is unknown; auto, published or small")
+    if cfg.size not in MEGABYTES:
+        raise UserError(f"--size {cfg.size} is not published; {', '.join(map(str, MEGABYTES))} (the small model makes 32)")
+    if not 0 < cfg.truncation <= 1:
+        raise UserError(f"--truncation {cfg.truncation:g} is not above 0 and at most 1")
+    if len(cfg.classes) not in (0, 2):
+        raise UserError(f"--classes takes two classes, here {len(cfg.classes)}; names with a space need quotes")
+    if cfg.steps < 0 or cfg.log_every < 1 or cfg.sample_every < 1:
+        raise UserError("--steps must not be negative, --log-every and --sample-every must be at least 1")
+
+
+def choose_model(cfg):
+    """(path of the published weights or None for the small model), after saying which and why."""
+    if cfg.model == "small":
+        return None
+    try:
+        path = fetch_published(cfg.size)
+        print(f"model    published BigGAN-deep-{cfg.size} ({path})", flush=True)
+        return path
+    except data.Unavailable as e:
+        if cfg.model == "published":
+            raise UserError(f"{e}; or --model small: trained here on drawn faces") from None
+        print(f"model    small BigGAN, 132 classes of faces; {e}", flush=True)
+        return None
+
+
+def main(argv=None):
+    cfg, changes = data.arguments(Run, argv)
+    check(cfg)
+    tail = "".join(f"-{k}{'+'.join(v) if isinstance(v, list) else v}".replace("/", "_").replace(" ", "_")
+                   for k, v in changes.items() if k not in ("device", "out", "resume", "overwrite", "log_every", "sample_every"))
+    device = data.device(cfg.device)
+    path = choose_model(cfg)
+    names = imagenet_names() if path else data.FACES
+    pairs = [tuple(class_index(w, names) for w in cfg.classes)] if cfg.classes else PAIRS if path else \
+        [tuple(class_index(w, names) for w in pair) for pair in FACE_PAIRS]
+    G, log = (load_published(path, Config(size=cfg.size)).to(device), None) if path else (None, None)
+    out = data.open_run(cfg.out or f"out/biggan{tail}", cfg.resume, cfg.overwrite)
+    v = data.versions()
+    print(f"run      {out}  device {device} {v['gpu']} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}", flush=True)
+    if not path:
+        G, log = small(cfg, out, device)
+    evaluate(cfg, G, "published" if path else "small", names, pairs, log, out, device)
+
+
+if __name__ == "__main__":
+    data.run_main(main)

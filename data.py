@@ -644,7 +644,7 @@ def bars(path, names, series, title=""):
     return save(page, path)
 
 
-def scatter(path, xy, groups, group_names, labels=None, links=(), title=""):
+def scatter(path, xy, groups, group_names, labels=None, links=(), title="", colours=COLOURS):
     """Points (N, 2) coloured by group, with a legend; labels {index: text} where they find room; links [(i, j)] joined."""
     xy = np.asarray(xy, float)
     side, top = 900, 40 + 18 * -(-len(group_names) // 6)
@@ -653,13 +653,13 @@ def scatter(path, xy, groups, group_names, labels=None, links=(), title=""):
     draw.text((10, 6), title, fill="black", font=font(16))
     for k, name in enumerate(group_names):
         legend_x, legend_y = 12 + k % 6 * 145, 38 + 18 * (k // 6)
-        draw.ellipse((legend_x, legend_y - 4, legend_x + 8, legend_y + 4), fill=COLOURS[k % 12], outline="black")
+        draw.ellipse((legend_x, legend_y - 4, legend_x + 8, legend_y + 4), fill=colours[k % 12], outline="black")
         draw.text((legend_x + 13, legend_y), name, fill="black", font=font(12), anchor="lm")
     p = (xy - xy.min(0)) / np.maximum(np.ptp(xy, 0), 1e-12) * (side - 110) + [55, 45 + top]
     for i, j in links:
         draw.line((*p[i], *p[j]), fill="black", width=2)
     for (a, b), g in zip(p, groups):
-        draw.ellipse((a - 4, b - 4, a + 4, b + 4), fill=COLOURS[int(g) % 12], outline=(60, 60, 60))
+        draw.ellipse((a - 4, b - 4, a + 4, b + 4), fill=colours[int(g) % 12], outline=(60, 60, 60))
     taken = []
     for i, text in (labels or {}).items():
         for dx, dy in [(7, -7), (7, 9), (-7, -7), (-7, 9), (12, -20), (-12, 22), (26, 0), (-26, 0), (12, 30), (-12, -32)]:
@@ -743,6 +743,18 @@ def device(name="auto"):
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device {name} is not there; use --device cpu") from None
+
+
+def ranks():
+    """(rank, world) under torchrun, whose processes meet here (gloo on CPUs, nccl on GPUs), else (0, 1). Rank 0 speaks."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.distributed.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
 
 
 def use_bf16(amp, device):
@@ -841,7 +853,8 @@ def clock(seconds):
 class Log:
     """log.csv and the progress line. Opened at step `start` it keeps the rows up to there, so a resumed run has one log."""
 
-    def __init__(self, folder, total, start=0):
+    def __init__(self, folder, total, start=0, writes=True):
+        self.writes = writes                                             # False on all ranks but the first
         self.path, self.total, self.table, self.begun, self.before = Path(folder) / "log.csv", total, {}, start, 0.0
         if start and self.path.exists():
             with open(self.path, newline="") as f:
@@ -851,7 +864,7 @@ class Log:
                     for k, v in r.items():
                         self.table.setdefault(k, []).append(float(v))
             self.before = self.table.get("seconds", [0.0])[-1]
-        if self.table or not start:
+        if writes and (self.table or not start):
             text = "".join(",".join(f"{v:.6g}" for v in row) + "\n" for row in zip(*self.table.values()))
             write_text(self.path, ",".join(self.table) + "\n" + text if self.table else "")
         self.clock = time.monotonic()
@@ -867,6 +880,8 @@ class Log:
         head = "" if self.table else ",".join(row) + "\n"
         for k, v in row.items():
             self.table.setdefault(k, []).append(float(v))
+        if not self.writes:
+            return
         with open(self.path, "a") as f:
             f.write(head + ",".join(f"{v:.6g}" for v in row.values()) + "\n")
         left = (time.monotonic() - self.clock) / max(step - self.begun, 1) * (self.total - step)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -395,6 +396,16 @@ def optimiser(kind, net, lr, cfg):
     return {"rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}[kind](net.parameters(), lr)
 
 
+def reduce_gradients(net, world):
+    """Mean of the gradients over all ranks, as one message. By hand, since hooks on backward() miss the gradient penalty."""
+    if world > 1:
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, part in zip(grads, flat.div_(world).split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+
+
 def grad_norm(net):
     """L2 norm of all gradients of a network as one vector."""
     return torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm()
@@ -440,7 +451,10 @@ def fixed_labels(n, cfg):
 def train(cfg, images, labels, out, device):
     """The whole training: from out/last.pt when cfg.resume, to cfg.steps. Returns (G, G_ema, D, step, log).
 
-    images uint8 (N, C, H, W) and labels (N,) or None on the device; writes grids, log.csv and last.pt to out."""
+    images uint8 (N, C, H, W) and labels (N,) or None on the device; writes grids, log.csv and last.pt to out.
+    Under torchrun every rank draws the same indices and noise and takes its share of the batch; rank 0 writes."""
+    rank, world = data.ranks()
+    share = slice(rank, None, world)
     torch.manual_seed(cfg.seed)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in networks(cfg))
     G_ema = copy.deepcopy(G).requires_grad_(False)
@@ -450,7 +464,7 @@ def train(cfg, images, labels, out, device):
     start = 0
     if cfg.resume and (out / "last.pt").exists():
         start = restore(parts, out / "last.pt", cfg, device)
-    log, stop = data.Log(out, cfg.steps, start), data.interrupts()
+    log, stop = data.Log(out, cfg.steps, start, rank == 0), data.interrupts()
     amp = torch.autocast(device.type, torch.bfloat16, enabled=data.use_bf16(cfg.amp, device))
     probability = torch.sigmoid if cfg.loss in ("bce", "saturating") else lambda t: t
     encode = (lambda x: x.float()) if cfg.raw else to_float
@@ -465,13 +479,13 @@ def train(cfg, images, labels, out, device):
 
         # ---- D: raise D(x), lower D(G(z)) ----
         for k in range(cfg.d_steps):
-            i = torch.randint(len(images), (cfg.batch,), device=device)
+            i = torch.randint(len(images), (cfg.batch,), device=device)[share]
             x = encode(images[i]).contiguous(memory_format=torch.channels_last)      # (N, C, H, W)
             y = None if labels is None else labels[i]
             c = None if cfg.cond == "none" else one_hot(y, cfg.classes)
             with amp:
                 with torch.set_grad_enabled(k == cfg.d_steps - 1):      # only the last fakes are G's to learn from
-                    x_fake = G(draw_z(cfg.batch, cfg, device), c)
+                    x_fake = G(draw_z(cfg.batch, cfg, device)[share], c)
                 real, fake = D(x, c), D(x_fake.detach(), c)             # detach: D's loss must not reach into G;
             if cfg.cond == "ac":                                        # two passes: batch norm sees real and fake apart
                 (real, real_class), (fake, _) = real, fake
@@ -485,6 +499,7 @@ def train(cfg, images, labels, out, device):
                 loss_D = loss_D + cfg.r1 * cfg.r1_every * r1_penalty(logit, x)
             opt_D.zero_grad()
             loss_D.backward()
+            reduce_gradients(D, world)
             opt_D.step()
             if cfg.clip:
                 clip_weights(D, cfg.clip)
@@ -500,6 +515,7 @@ def train(cfg, images, labels, out, device):
             loss_G = loss_G + cfg.ac * ac_loss(fake_class.float(), y, cfg.classes)
         opt_G.zero_grad()
         loss_G.backward()
+        reduce_gradients(G, world)
         opt_G.step()
         D.requires_grad_(True)
         if cfg.ema:
@@ -522,12 +538,16 @@ def train(cfg, images, labels, out, device):
                                 f"{out}: try a lower --lr, --gp or --loss lsgan")
             log.write(step, (step - marked) * cfg.batch / (time.monotonic() - mark), **row)
             mark, marked = time.monotonic(), step
+        if world > 1:                                                   # all ranks stop together or not at all
+            flag = torch.tensor(float(bool(stop)), device=device)
+            dist.all_reduce(flag)
+            stop = stop or [1] * int(flag.item())
         last = step == cfg.steps or bool(stop)
-        if last or step % cfg.sample_every == 0 or step == 1:
+        if rank == 0 and (last or step % cfg.sample_every == 0 or step == 1):
             grid = sample(sampler(G, G_ema, cfg, device), 64, cfg, device, fixed_labels(64, cfg), fixed_z)
             data.save(data.grid(grid, 8), out / f"{step:06d}.png")
             mark = time.monotonic()
-        if last or step % cfg.sample_every == 0:
+        if rank == 0 and (last or step % cfg.sample_every == 0):
             data.save_checkpoint(out / "last.pt", dict({k: v.state_dict() for k, v in parts.items()}, step=step,
                                  config=dataclasses.asdict(cfg), rng=data.rng_state(), seconds=log.seconds))
         if stop:
@@ -734,7 +754,10 @@ def main(argv=None):
         cfg.resume = 1
     if cfg.steps == 0 and cfg.resume and not (out / "last.pt").exists():
         raise UserError(f"no checkpoint {out / 'last.pt'}: train first, or name the run's folder with --out")
+    rank, world = data.ranks()
     device = data.device(cfg.device)
+    if cfg.batch % world or cfg.batch // world < 2:
+        raise UserError(f"--batch {cfg.batch} cannot be shared by {world} ranks; at least 2 pictures each")
     name, images, labels, classes = source = data.choose(cfg.data, cfg.size)
     cfg.channels = images.shape[1]
     if len(images) < 2:
@@ -745,12 +768,15 @@ def main(argv=None):
         cfg.classes = len(classes)
         if cfg.prompt and cfg.classes != 132:
             raise UserError(f"--prompt needs hair and eye colours and {name} has none; --data faces-a")
-    out = data.open_run(out, cfg.resume, cfg.overwrite)
+    if rank == 0:
+        data.open_run(out, cfg.resume, cfg.overwrite)
     v = data.versions()
     print(f"run      {out}  device {device} {v['gpu']} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}"
           f"  bfloat16 {'on' if data.use_bf16(cfg.amp, device) else 'off'}", flush=True)
     images, labels = images.to(device), None if labels is None else labels.to(device)
     G, G_ema, D, step, log = train(cfg, images, labels, out, device)
+    if rank > 0:
+        return
     evaluate(cfg, sampler(G, G_ema, cfg, device), D, step, log, source, out, device)
 
 
