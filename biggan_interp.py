@@ -269,9 +269,9 @@ def load_published(path, config=Config()):
         if getattr(state[key], "shape", None) != wanted.shape:
             raise UserError(f"{path} is not BigGAN-deep-{config.size}: {key} has shape "
                             f"{list(getattr(state[key], 'shape', []))}, not {list(wanted.shape)}")
-    if extra := state.keys() - G.state_dict().keys():
-        raise UserError(f"{path} is not BigGAN-deep-{config.size}: it has an extra key {min(extra)}")
-    G.load_state_dict(state, assign=True)                                 # without a second copy of 200 MB
+    if extra := sorted(map(str, state.keys() - G.state_dict().keys())):
+        raise UserError(f"{path} is not BigGAN-deep-{config.size}: it has an extra key {extra[0]}")
+    G.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)      # without a second copy of 200 MB
     return fold(G.requires_grad_(False))
 
 
@@ -411,9 +411,13 @@ def train(cfg, images, labels, out, checkpoint, device):
 
 def small(cfg, out, device):
     """The small BigGAN of cfg.seed from downloads/, or trained now and kept there. Returns (G, log or None)."""
-    stem = f"biggan-small-{cfg.steps}-{cfg.seed}"
-    path, checkpoint = data.DOWNLOADS / f"{stem}.pt", data.DOWNLOADS / f"{stem}-last.pt"
-    log = None
+    path = data.DOWNLOADS / f"biggan-small-{cfg.steps}-{cfg.seed}.pt"
+    if cfg.steps == 0:
+        trained = list(data.DOWNLOADS.glob(f"biggan-small-*-{cfg.seed}.pt"))
+        if not trained:
+            raise UserError(f"no small BigGAN of seed {cfg.seed} in {data.DOWNLOADS}: train one, without --steps 0")
+        path = max(trained, key=lambda p: int(p.stem.split("-")[2]))
+    log, checkpoint = None, path.with_name(f"{path.stem}-last.pt")
     if not path.exists():
         _, images, labels, _ = data.choose("faces-a", SMALL.size)
         G, log = train(cfg, images.to(device), labels.to(device), out, checkpoint, device)

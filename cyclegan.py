@@ -516,7 +516,7 @@ def direction_metrics(G, x, y, way, size):
         hair, eyes = fid.classifier(y.name, size, device).attributes(to_uint8(fake))
         m |= {"hair kept": (hair == x.labels // 11).float().mean(), "eyes kept": (eyes == x.labels % 11).float().mean()}
     if min(len(x.images), len(y.images)) >= 1000:                       # enough for a Gaussian of 128 features
-        source = x.test if len(x.test) >= 500 else x.images[:1000].cpu()
+        source = x.test if len(x.test) >= 500 else x.images[torch.linspace(0, len(x.images) - 1, 1000).long()].cpu()
         fake = fake if len(x.test) >= 500 else translate(G, to_float(source).to(device), way).cpu()
         real, other = y.images[:4000:2].cpu(), y.images[1:4000:2].cpu()
         net = fid.classifier(y.name, size, device)

@@ -927,6 +927,32 @@ def compare(folders, out):
     return "\n".join(table)
 
 
+def results(folders, readme="README.md"):
+    """The README's table between its two markers, from the result.json of finished runs; means over runs <name>-s<seed>.
+
+    What a row shows is the comment of its target in the Makefile."""
+    about = dict(re.findall(r"^([\w-]+):[^#\n]*## (?:\d+ min: )?([^(\n]*)", Path("Makefile").read_text(), re.M))
+    groups = {}
+    for folder in map(Path, folders):
+        try:
+            groups.setdefault(re.sub(r"-s\d+$", "", folder.name), []).append(json.loads((folder / "result.json").read_text()))
+        except (OSError, ValueError):
+            raise UserError(f"{folder} is no finished run (no result.json); train it first") from None
+    lines = ["| run | what it shows | result | minutes | machine, seed |", "|---|---|---|---|---|"]
+    for name, runs in groups.items():
+        r, seeds = runs[0], ", ".join(str(r["config"]["seed"]) for r in runs)
+        fids = [r["metrics"]["fid"] for r in runs if "fid" in r["metrics"]]
+        spread = f" FID over {len(fids)} seeds: {np.mean(fids):.3g} +- {np.std(fids, ddof=1):.2g}." if len(fids) > 1 else ""
+        where = r["versions"]["gpu"] or f"{r['versions']['machine']} CPU, {r['versions']['threads']} thread(s)"
+        lines.append(f"| `{r['command']}` | {about.get(name, '').strip()} | {r['headline']}.{spread} | "
+                     f"{np.mean([r['seconds'] for r in runs]) / 60:.1f} | {where}, {seeds} |")
+    before, _, rest = Path(readme).read_text(encoding="utf-8").partition("<!-- results -->\n")
+    if not rest:
+        raise UserError(f"{readme} has no line <!-- results --> to put the table under")
+    write_text(readme, before + "<!-- results -->\n" + "\n".join(lines) + "\n<!-- end -->" + rest.partition("<!-- end -->")[2])
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="do", required=True)
@@ -934,8 +960,12 @@ def main():
     p.add_argument("name"), p.add_argument("out"), p.add_argument("--size", type=int, default=32)
     p = sub.add_parser("compare", help="several runs on one sheet")
     p.add_argument("runs", nargs="+"), p.add_argument("--out", default="out/compare")
+    p = sub.add_parser("results", help="the README's table from finished runs")
+    p.add_argument("runs", nargs="+")
     a = parser.parse_args()
-    if a.do == "show":
+    if a.do == "results":
+        print(results(a.runs) + "\nwrote README.md")
+    elif a.do == "show":
         images = choose(a.name, a.size)[1]
         save(grid(images[:: max(1, len(images) // 100)][:100], 10), a.out)
         print(f"wrote {a.out}")

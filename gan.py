@@ -702,13 +702,15 @@ def evaluate(cfg, G, D, step, log, source, out, device):
     if log.table:
         result["collapsed at"] = collapsed_at(log)
     count = {"G": sum(p.numel() for p in G.parameters()), "D": sum(p.numel() for p in D.parameters())}
+    headline = fid.line(result) + "".join(f"; {k} {100 * v:.1f}%" for k, v in result.items() if "accuracy" in k) + (
+        f"; {result['modes']} of {result['classes']} classes, rarest {100 * result['rarest']:.1f}%" if "modes" in result else "")
     data.write_json(out / "result.json", dict(
         command="python " + " ".join(sys.argv), preset=cfg.preset, config=dataclasses.asdict(cfg), step=step, device=str(device),
         versions=data.versions(), data=dict(name=name, n=len(images), sha256=data.fingerprint(images)), parameters=count,
         seconds=log.table["seconds"][-1] if log.table else 0.0, sampled_from="averaged G" if cfg.ema else "G, eval mode",
-        images_per_second=(step * cfg.batch / log.table["seconds"][-1]) if log.table else 0.0, metrics=result))
+        images_per_second=(step * cfg.batch / log.table["seconds"][-1]) if log.table else 0.0, metrics=result, headline=headline))
     print("wrote    " + " ".join(str(p) for p in wrote + [out / "result.json"]))
-    print(fid.line(result))
+    print(headline)
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------

@@ -807,3 +807,177 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(home):
     assert r.returncode == 2, r.stderr
     one_line(r.stderr, "space")
     assert Path("o/f/last.pt").read_bytes() == good and not list(Path("o").rglob("*.part"))
+
+
+# ---- python test_all.py bench: the textbook way and ours, measured in the same run ---------------------------------------
+
+class PictureSet(torch.utils.data.Dataset):
+    """What tutorials write: a list of PIL pictures, converted to a normalised tensor each time one is asked for."""
+
+    def __init__(self, images):
+        self.pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(-1).numpy()) for x in images]
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        a = np.asarray(self.pictures[i], np.float32).reshape(self.pictures[i].height, self.pictures[i].width, -1) / 255
+        return torch.from_numpy((a.transpose(2, 0, 1) - .5) / .5)
+
+
+def textbook_gan(cfg, images, steps):
+    """DCGAN as tutorials have it: DataLoader, float32 NCHW, sigmoid + BCELoss, plain Adam, .item() every step. -> images/s"""
+    loader = torch.utils.data.DataLoader(PictureSet(images), cfg.batch, shuffle=True, num_workers=2, drop_last=True)
+    G, D = gan.networks(cfg)
+    opt_G, opt_D = (torch.optim.Adam(n.parameters(), cfg.lr, (.5, .999)) for n in (G, D))
+    bce, ones, zeros, step = nn.BCELoss(), torch.ones(cfg.batch), torch.zeros(cfg.batch), 0
+    while True:
+        for x in loader:
+            if step == 5:
+                start = time.perf_counter()
+            if step == steps + 5:
+                return steps * cfg.batch / (time.perf_counter() - start)
+            D.zero_grad()
+            out = D(x).sigmoid()
+            loss_real = bce(out, ones)
+            loss_real.backward()
+            d_x = out.mean().item()
+            fake = G(torch.randn(cfg.batch, cfg.z))
+            out = D(fake.detach()).sigmoid()
+            loss_fake = bce(out, zeros)
+            loss_fake.backward()
+            d_g1, loss_D = out.mean().item(), (loss_real + loss_fake).item()
+            opt_D.step()
+            G.zero_grad()
+            out = D(fake).sigmoid()
+            loss_G = bce(out, ones)
+            loss_G.backward()
+            d_g2, loss = out.mean().item(), loss_G.item()
+            opt_G.step()
+            step += 1
+
+
+def our_gan(cfg, images, steps):
+    """gan.train as it is, between its first and its last log line. -> images/s"""
+    import tempfile
+    cfg = dataclasses.replace(cfg, steps=steps + 5, log_every=5, sample_every=10 ** 9)
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        device = data.device()
+        seconds = gan.train(cfg, images.to(device), None, Path(out), device)[4].table
+    return steps * cfg.batch / (seconds["seconds"][-1] - seconds["seconds"][1])
+
+
+GAN_ROWS = {"A (16,16)": (dict(preset="dcgan"), 120), "A (100,100)": (dict(preset="dcgan", z=100, h=100), 20),
+            "E 64x64": (dict(preset="anime"), 5)}
+
+
+def bench_one(row, side):
+    """One side of one row in a process of its own -> prints images/s and peak memory in MB."""
+    import resource
+    changes, steps = GAN_ROWS[row]
+    cfg = gan.Config(**{**gan.PRESETS[changes["preset"]], **changes})
+    images = torch.randint(0, 256, (4096, cfg.channels, cfg.size, cfg.size)).byte()
+    torch.manual_seed(0)
+    rate = (textbook_gan if side == "textbook" else our_gan)(cfg, images, steps)
+    print(json.dumps([rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+
+
+def step_cost(cfg):
+    """(operations, bytes touched) of one training step: 2 per multiply-add, tensors read and written once an operator."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Bytes(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            flat = lambda v: [v] if isinstance(v, torch.Tensor) else sum(map(flat, v), []) if isinstance(v, (list, tuple)) else []
+            if "view" not in str(f) and "detach" not in str(f):
+                Bytes.total += sum(t.numel() * t.element_size() for t in flat(args) + flat(out))
+            return out
+    G, D = gan.networks(cfg)
+    with FlopCounterMode(display=False) as flops, Bytes():
+        x_fake = G(gan.draw_z(cfg.batch, cfg, "cpu"))
+        gan.d_bce(D(torch.randn_like(x_fake)), D(x_fake.detach())).backward()
+        D.requires_grad_(False)
+        gan.g_bce(D(x_fake)).backward()
+    return flops.get_total_flops(), Bytes.total
+
+
+def best_rate(f, amount, rounds=5):
+    """Amount per second of the fastest of several calls of f."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return amount / min(times)
+
+
+def bench(rounds=3):
+    """The table of `make bench`. Both sides of a row run by turns, each in a fresh process; medians."""
+    v = data.versions()
+    device = data.device()
+    print(f"{v['gpu'] or 'CPU ' + platform_name()}, {v['threads']} threads, torch {v['torch']}, bfloat16 "
+          f"{'on' if data.use_bf16(-1, device) else 'off'}; medians of {rounds} alternating runs\n")
+    dtype = torch.bfloat16 if data.use_bf16(-1, device) else torch.float32
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    flop_rate = best_rate(lambda: (a @ a, sync()), 2 * 2048 ** 3)
+    b = torch.randn(1 << 26, device=device)
+    copy_rate = best_rate(lambda: (b.clone(), sync()), 8 * (1 << 26))
+    print(f"measured: matrix product {flop_rate / 1e9:,.0f} GFLOP/s ({dtype}), copy {copy_rate / 1e9:.1f} GB/s\n")
+    print("| row | textbook images/s | ours images/s | ratio | peak MB textbook / ours | floor ms (operations / bytes) | ours ms a step |")
+    print("|---" * 7 + "|")
+    for row, (changes, _) in GAN_ROWS.items():
+        sides = {"textbook": [], "ours": []}
+        for _ in range(rounds):
+            for side, seen in sides.items():
+                out = subprocess.run([sys.executable, __file__, "bench-one", row, side], capture_output=True, text=True, check=True)
+                seen.append(json.loads(out.stdout.splitlines()[-1]))
+        (t, tm), (o, om) = (np.median(np.array(s), 0) for s in sides.values())
+        cfg = gan.Config(**{**gan.PRESETS[changes["preset"]], **changes})
+        flops, moved = step_cost(cfg)
+        print(f"| {row} | {t:,.0f} | {o:,.0f} | {o / t:.2f} | {tm:,.0f} / {om:,.0f} | {1e3 * flops / flop_rate:.1f} / "
+              f"{1e3 * moved / copy_rate:.1f} | {1e3 * cfg.batch / o:.1f} |", flush=True)
+    data.DOWNLOADS = Path("out/bench")
+    draw = lambda: data.draw_digits(1000, 1, 32)
+    data.cached("bench", draw)
+    slow, fast = best_rate(draw, 1000, 3), best_rate(lambda: data.cached("bench", draw), 1000, 3)
+    print(f"| digits, drawn / from the cache | {slow:,.0f} | {fast:,.0f} | {fast / slow:.0f} | | | |\n")
+    fid.speed(device)
+    print()
+    fid.roots()
+
+
+def platform_name():
+    """The processor's name, where the system tells it."""
+    with contextlib.suppress(OSError):
+        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    return "unknown"
+
+
+def growth():
+    """images/s against batch, width and picture size: out/bench/growth.png."""
+    def rate(**changes):
+        cfg = gan.Config(**{**gan.PRESETS["dcgan"], **changes})
+        images = torch.randint(0, 256, (2048, cfg.channels, cfg.size, cfg.size)).byte()
+        return our_gan(cfg, images, max(5, 2000 // cfg.batch // (1 + cfg.h // 32)))
+    batches, widths = [16, 32, 64, 128, 256, 512, 1024], [8, 16, 32, 64, 100]
+    sizes = {28: dict(net="mnist28", size=28, h=16), 32: dict(h=16), 64: dict(net="anime", size=64, h=16)}
+    for name, xs, ys in (("batch", batches, [rate(batch=b) for b in batches]), ("h", widths, [rate(h=h) for h in widths]),
+                         ("size", list(sizes), [rate(**c) for c in sizes.values()])):
+        print(name, dict(zip(xs, map(round, ys))), flush=True)
+        data.curves(f"out/bench/growth-{name}.png", {name: xs, "images/s": ys}, [(f"images/s against {name}", ["images/s"])], x=name)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench-one"]:
+        bench_one(*sys.argv[2:])
+    elif sys.argv[1:] == ["bench"]:
+        bench()
+        growth()
+    else:
+        print("python test_all.py bench; the tests themselves run under pytest", file=sys.stderr)
+        sys.exit(2)
