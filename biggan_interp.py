@@ -29,7 +29,7 @@ class Run:
     model: str = "auto"             # published (ImageNet), small (faces, trained here), auto: published if it can be had
     size: int = 128                 # published model: 128, 256 or 512
     truncation: float = 0.5         # noise is cut at 2 and multiplied by this: lower is cleaner and less varied
-    steps: int = 3000               # training steps of the small model; 0: only use one that is trained
+    steps: int = 2000               # training steps of the small model; 0: only use one that is trained
     seed: int = 0                   # seed of weights, batches, noise and t-SNE
     log_every: int = 50             # steps between two lines of the log
     sample_every: int = 500         # steps between two sample grids and checkpoints
@@ -75,7 +75,8 @@ class Spectral(nn.Module):
         self.register_buffer("weight_u", F.normalize(torch.randn(shape[0]), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(math.prod(shape[1:])), dim=0))
         self.stride, self.padding, self.folded = stride, shape[-1] // 2 if padding is None else padding, False
-        self.power_iteration(5)
+        if not self.weight_orig.is_meta:                                  # shapes alone have no singular vectors
+            self.power_iteration(5)
 
     @torch.no_grad()
     def power_iteration(self, n=1, eps=1e-4):
@@ -128,10 +129,10 @@ class BatchNorm(nn.Module):
         gain, offset = (self.weight, self.bias) if cond is None else (1 + self.scale(cond), self.offset(cond))
         gain, offset = gain.view(-1, x.shape[1], 1, 1), offset.view(-1, x.shape[1], 1, 1)  # (N or 1, C, 1, 1)
         if self.training:
-            return F.batch_norm(x, None, None, training=True, eps=self.eps) * gain + offset
+            return torch.addcmul(offset, F.batch_norm(x, None, None, training=True, eps=self.eps), gain)
         mean, var = (s.view(1, -1, 1, 1) for s in self.statistics(truncation))
         gain = gain * (var + self.eps).rsqrt()
-        return x * gain + (offset - mean * gain)
+        return torch.addcmul(offset - mean * gain, x, gain)
 
 
 class Block(nn.Module):
@@ -286,7 +287,7 @@ class Discriminator(nn.Module):
 
     x (N, 3, 32, 32) in [-1, 1], y (N,) int64. Every layer is spectrally normalised, v_y included; no batch norm."""
 
-    def __init__(self, classes, h=64):
+    def __init__(self, classes, h=32):
         super().__init__()
         self.phi = nn.Sequential(Spectral(h, 3, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.1),          # 32 -> 16
                                  Spectral(2 * h, h, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.1),      # 16 -> 8

@@ -14,7 +14,7 @@ survive. Too small a lambda and the input is ignored, too large and it is copied
 UNIT (Liu 2017) has one latent space for both styles, E_a(a) ~ E_b(b): two VAEs that share the last block of the
 encoders and the first of the decoders; a translation is Dec_b(E_a(a)).
 """
-import copy, dataclasses, sys, time
+import dataclasses, sys, time
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ class Config:
     a: str = ""                     # style A instead of --data: a folder of pictures or a data set
     b: str = ""                     # style B, likewise
     size: int = 32                  # picture side in pixels: 32 (a course's networks) or 64, 128, 256 (the paper's)
-    width: int = 64                 # channels of the first layer of the networks for size > 32
+    width: int = 64                 # channels of the first layer of D and CycleGAN's G for size > 32; 32 for a laptop
     lambda_cycle: float = 0.015     # weight of CycleGAN's cycle loss, an L1 summed over the pixels
     identity: float = 0.0           # weight of the identity loss in units of lambda_cycle (the paper: 0.5)
     pool: int = 0                   # translations kept to show D old ones too (the paper: 50)
@@ -319,6 +319,11 @@ def load_styles(cfg):
     return a, load_style(dict(STYLES.values())[a.name], cfg.size)
 
 
+def named(cfg, a, b):
+    """The Config with the styles it really got, so that a run is never resumed on other data than it began with."""
+    return dataclasses.replace(cfg, data="", a=a.name, b=b.name)
+
+
 # ---- training ------------------------------------------------------------------------------------------------------
 
 def optimiser(net, cfg):
@@ -586,7 +591,7 @@ def run_sweep(cfg, out, device):
     real = to_float(a.test[:n].to(device))
     rows, left = [real] + ([b.test[:n]] if paired(a, b) else []), ["input"] + (["true answer"] if paired(a, b) else [])
     for value in lambdas:
-        one = dataclasses.replace(cfg, lambda_cycle=value, sweep="", out=str(out / f"lambda-{value:g}"))
+        one = dataclasses.replace(named(cfg, a, b), lambda_cycle=value, sweep="", out=str(out / f"lambda-{value:g}"))
         G, m = run(one, a, b, data.open_run(one.out, cfg.resume, cfg.overwrite), device)
         fake = translate(G, real, "ab")
         rows += [fake, translate(G, fake, "ba")]
@@ -669,7 +674,7 @@ def main(argv=None):
         if not (out / "last.pt").exists():
             raise UserError(f"no checkpoint {out / 'last.pt'}: train first, or name the run's folder with --out")
     a, b = load_styles(cfg)
-    run(cfg, a, b, data.open_run(out, cfg.resume, cfg.overwrite), device)
+    run(named(cfg, a, b), a, b, data.open_run(out, cfg.resume, cfg.overwrite), device)
 
 
 if __name__ == "__main__":

@@ -480,7 +480,7 @@ def choose(names, size, split="train"):
         except Unavailable as e:
             if name == names.split(",")[-1]:
                 raise
-            missing = f"; {name} can't be had: {str(e).split('; ')[0]}"
+            missing += f"; {str(e).split('; put ')[0]}"
     raise UserError("no data set was named")
 
 

@@ -1,23 +1,58 @@
-"""FID, KID, precision and recall, with a hand-written matrix square root, and the networks whose features they compare."""
-import contextlib
-import dataclasses
-import json
-import subprocess
-import sys
-import time
-import zlib
+"""fid.py: FID, KID, precision and recall of generated pictures, with the matrix square root written by hand.
+
+    python fid.py mnist:test out/dcgan                   data set, folder, run, .npy or saved .npz; real first
+    python fid.py out/dcgan --features classifier        a run against its own data; no download needed
+    python fid.py photos --save photos.npz               then: python fid.py photos.npz generated/
+    python fid.py roots | python fid.py speed            what the ways to the root cost, what the network costs
+
+A network turns each picture into d features; a Gaussian N(mu, S) is fitted to the features of either set; FID is the
+squared Frechet distance of the two (Heusel 2017, eq. 6):
+
+    d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2
+
+S1 S2 is not symmetric, and its root by a Schur form (scipy.linalg.sqrtm) is slow and may turn complex. But only the
+trace is wanted: the sum of the roots of the eigenvalues of S1 S2. Take any F1, F2 with S1 = F1 F1^T and S2 = F2 F2^T.
+AB and BA share their non-zero eigenvalues, so those of S1 S2 = F1 (F1^T F2 F2^T) are those of
+(F1^T F2 F2^T) F1 = G G^T with G = F1^T F2, which is symmetric, and their roots are the singular values of G:
+
+    tr (S1 S2)^1/2 = sum of the singular values of F1^T F2
+
+(F1 = S1^1/2 gives the textbook form tr (S1^1/2 S2 S1^1/2)^1/2.) No inverse and no epsilon occurs, so singular
+covariances are as good as others. F comes cheap: the centred features themselves where N <= d, Cholesky's triangle
+where S has full rank, eigenvectors otherwise; the real set's F is computed once and saved.
+
+HEADER_NUMBERS"""
+import contextlib, dataclasses, json, subprocess, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 import data
+from data import UserError
 
-# ---- the matrix root and the Frechet distance -------------------------------------------------------------------
 
+@dataclasses.dataclass
+class Config:
+    sources: tuple = ()           # real, then generated: folder, data set[:split], run folder, last.pt, .npy or .npz
+    features: str = "inception"   # inception (published numbers) or classifier (trained here, no download)
+    data: str = ""                # data set whose classifier gives the features; empty: that of the sources
+    size: int = 0                 # side of the pictures; 0: data sets at the run's side or 32, folders as they are
+    n: int = 0                    # at most this many pictures a side, chosen by the seed; 0: all (of a run 10,000)
+    batch: int = 32               # pictures decoded and passed through the network at once
+    device: str = "auto"          # auto, cuda, mps, cpu
+    bf16: int = 0                 # 1: Inception in bfloat16: faster, not for publication
+    seed: int = 0                 # seed of subsets and halves
+    save: str = ""                # write the first source's statistics to this .npz
+    skip_broken: int = 0          # 1: leave unreadable pictures out and count them
+    extrapolate: int = 0          # 1: FID at infinite n
+    json: int = 0                 # 1: print one JSON object, everything else to stderr
+
+
+# ---- the matrix root and the Frechet distance ----------------------------------------------------------------------
 
 def float64(x):
     """Anything array-like -> float64 tensor on its device (on the CPU where the device has no float64)."""
@@ -26,7 +61,7 @@ def float64(x):
 
 
 def sqrtm(a):
-    """Square root of a symmetric positive semi-definite matrix: a = V diag(w) V^T, so root = V diag(w^1/2) V^T.
+    """Square root of a symmetric positive semi-definite matrix: a = V diag(w) V^T has the root V diag(w^1/2) V^T.
 
     a (d, d) -> (d, d) float64. Singular matrices are welcome: an eigenvalue that rounding made -1e-17 counts as 0."""
     w, V = torch.linalg.eigh(float64(a))
@@ -34,7 +69,7 @@ def sqrtm(a):
 
 
 def factor(sigma):
-    """F (d, r) with F F^T = sigma: Cholesky's triangle if sigma has full rank, else eigenvectors without the null space."""
+    """F (d, r) with F F^T = sigma: Cholesky's triangle at full rank, else eigenvectors without the null space."""
     L, failed = torch.linalg.cholesky_ex(sigma)
     pivots = L.diagonal() ** 2
     if not failed and pivots.min() > 1e-10 * pivots.max():
@@ -45,16 +80,22 @@ def factor(sigma):
 
 
 def nuclear_norm(g):
-    """Sum of the singular values; for large g through the eigenvalues of the smaller Gram matrix, 3 times as fast."""
-    if min(g.shape) <= 1024:
-        return torch.linalg.svdvals(g).sum()
-    g = g if g.shape[0] < g.shape[1] else g.T
-    return torch.linalg.eigvalsh(g @ g.T).clamp(min=0).sqrt().sum()
+    """Sum of the singular values; for large g by the eigenvalues of its Gram matrix, which takes half the time.
+
+    But there rounding turns a singular value of 0 into 1e-8 of the largest, so g near singular goes the long way."""
+    if min(g.shape) > 1024:
+        w = torch.linalg.eigvalsh(g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g)
+        if w[0] > 1e-14 * w[-1]:
+            return w.sqrt().sum()
+    return torch.linalg.svdvals(g).sum()
 
 
 def distance(mu1, f1, mu2, f2):
-    """d^2 = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), Heusel 2017 eq. 6, from factors S = F F^T."""
-    return ((mu1 - mu2).square().sum() + f1.square().sum() + f2.square().sum() - 2 * nuclear_norm(f1.T @ f2)).item()
+    """d^2 of the header from means (d,) and factors (d, r) of the covariances, tr S = |F|^2 -> float."""
+    if len(mu1) != len(mu2):
+        raise UserError(f"{len(mu1)} and {len(mu2)} features: not of one network; measure both sides with the same")
+    d2 = (mu1 - mu2).square().sum() + f1.square().sum() + f2.square().sum() - 2 * nuclear_norm(f1.T @ f2)
+    return max(0.0, d2.item())                                             # rounding may leave -1e-14
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -62,49 +103,59 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return distance(float64(mu1), factor(float64(sigma1)), float64(mu2), factor(float64(sigma2)))
 
 
-def gaussian(x):
+def gaussian(x, rows=4096):
     """Features (N, d) -> mean (d,) and factor F (d, r) of the covariance with N - 1; for N <= d the features are F."""
-    x = float64(x)
     n, d = x.shape
     if n < 2:
-        raise data.UserError(f"a covariance needs at least 2 images, here {n}")
-    mu = x.mean(0)
-    x = (x - mu) / (n - 1) ** 0.5
-    return mu, x.T if n <= d else factor(x.T @ x)
+        raise UserError(f"a covariance needs at least 2 pictures, here {n}")
+    if n <= d:
+        x = float64(x)
+        mu = x.mean(0)
+        return mu, ((x - mu) / (n - 1) ** 0.5).T
+    chunks = torch.as_tensor(x).split(rows)                                # float64 by parts: 50,000 x 2048 are 0.8 GB
+    mu = sum(float64(c).sum(0) for c in chunks) / n
+    return mu, factor(sum((float64(c) - mu).T @ (float64(c) - mu) for c in chunks) / (n - 1))
 
 
 def fid(real, fake):
-    """Frechet distance of features (N, d) and (M, d) -> float. Lower is better, 0 is equal; falls with N, so state N."""
+    """Frechet distance of features (N, d) and (M, d) -> float. 0 is equal, lower is better. Falls with n: state it."""
     return distance(*gaussian(real), *gaussian(fake))
 
 
-# ---- KID, precision and recall ----------------------------------------------------------------------------------
+# ---- KID, precision and recall -------------------------------------------------------------------------------------
 
+def kid(real, fake, rows=256):
+    """Kernel distance (Binkowski 2018): MMD^2 of features (N, d), (M, d) under k(x, y) = (x.y / d + 1)^3 -> float.
 
-def kid(real, fake, rows=2048):
-    """Kernel distance (Binkowski 2018, eq. 4): unbiased MMD^2 of k(x, y) = (x.y / d + 1)^3 over all samples -> float."""
+    All samples, unbiased (Gretton 2012, eq. 3: without the pairs (x, x)), so about 0, or below, for equal sets."""
     def mean_kernel(a, b, same):
-        k = sum(((c @ b.T / b.shape[1] + 1) ** 3).sum() for c in a.split(rows))
+        blocks = ((c @ b.T).div_(b.shape[1]).add_(1) for c in a.split(rows))
+        k = sum(block.square().mul_(block).sum() for block in blocks)
         if not same:
             return k / (len(a) * len(b))
-        k = k - ((a.square().sum(1) / a.shape[1] + 1) ** 3).sum()          # without the pairs (x, x): unbiased
-        return k / (len(a) * (len(a) - 1))
+        return (k - ((a.square().sum(1) / a.shape[1] + 1) ** 3).sum()) / (len(a) * (len(a) - 1))
     x, y = float64(real), float64(fake)
     if min(len(x), len(y)) < 2:
-        raise data.UserError(f"KID needs at least 2 images a side, here {len(x)} and {len(y)}")
+        raise UserError(f"KID needs at least 2 pictures a side, here {len(x)} and {len(y)}")
     return (mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y, False)).item()
 
 
-def distances(a, b, rows=1024):
-    """Squared Euclidean distances of a (N, d) and b (M, d), yielded as (first row, block (<= rows, M))."""
+def kid_error(real, fake, blocks=10):
+    """Standard error of KID: the estimates on 10 disjoint blocks of either set, their deviation / sqrt(10)."""
+    k = torch.tensor([kid(a, b) for a, b in zip(real.tensor_split(blocks), fake.tensor_split(blocks))])
+    return (k.std() / blocks ** 0.5).item()
+
+
+def distances(a, b, rows=256):
+    """Squared Euclidean distances of a (N, d) and b (M, d), yielded in blocks of rows: (first row, (<= rows, M))."""
     b2 = b.square().sum(1)
     for i in range(0, len(a), rows):
         c = a[i:i + rows]
-        yield i, (c.square().sum(1, keepdim=True) + b2 - 2 * c @ b.T).clamp(min=0)
+        yield i, (c @ b.T).mul_(-2).add_(b2).add_(c.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
 def radii(a, k):
-    """Squared distance of each sample to its k-th nearest neighbour in the same set (N, d) -> (N,)."""
+    """Squared distance of each sample to its k-th nearest neighbour in the same set: (N, d) -> (N,)."""
     out = []
     for i, block in distances(a, a):
         block.diagonal(i).fill_(float("inf"))                              # a sample is no neighbour of itself
@@ -115,177 +166,171 @@ def radii(a, k):
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkaanniemi 2019, section 2) of features (N, d), (M, d) -> two floats in [0, 1].
 
-    Precision: share of fakes within the k-th-neighbour radius of some real image. Recall: the same, roles swapped."""
+    Precision: share of fakes within the k-th-neighbour radius of some real picture. Recall: the same, roles swapped."""
     x, y = float64(real), float64(fake)
     if min(len(x), len(y)) <= k:
-        raise data.UserError(f"precision with k = {k} needs more than {k} images a side, here {len(x)} and {len(y)}")
-    centre = x.mean(0)
-    x, y = x - centre, y - centre
+        raise UserError(f"precision with k = {k} needs more than {k} pictures a side, here {len(x)} and {len(y)}")
+    x, y = x - x.mean(0), y - x.mean(0)                                    # smaller numbers, less rounding
     rx, ry = radii(x, k), radii(y, k)
-    covered = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    recalled = []
+    near_real, near_fake = torch.zeros(len(y), dtype=torch.bool, device=y.device), []
     for i, block in distances(x, y):                                       # rows real, columns fake
-        covered |= (block <= rx[i:i + len(block), None]).any(0)
-        recalled.append((block <= ry).any(1))
-    return covered.double().mean().item(), torch.cat(recalled).double().mean().item()
+        near_real |= (block <= rx[i:i + len(block), None]).any(0)
+        near_fake.append((block <= ry).any(1))
+    return near_real.double().mean().item(), torch.cat(near_fake).double().mean().item()
 
 
-# ---- classifier: features without a download --------------------------------------------------------------------
-
+# ---- classifier: features without a download -----------------------------------------------------------------------
 
 def check_images(images, channels, name):
-    """UserError unless images are uint8 (N, C, H, W) with the network's number of channels, or grey."""
+    """UserError unless images are uint8 (N, C, H, W), grey or with the network's number of channels."""
     if images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
-        raise data.UserError(f"features take uint8 images (N, C, H, W), here {images.dtype} {tuple(images.shape)}")
+        raise UserError(f"{name} takes uint8 pictures (N, C, H, W), here {images.dtype} {tuple(images.shape)}")
     if images.shape[1] not in (1, channels):
-        raise data.UserError(f"{name} takes pictures with {channels} channel(s), here {images.shape[1]}")
+        raise UserError(f"{name} takes pictures with {channels} channel(s), here {images.shape[1]}")
 
 
 class Classifier(nn.Module):
-    """Small CNN: uint8 images (N, C, size, size) -> 128 features -> one linear head per kind of label."""
+    """Small CNN: pictures (C, size, size) -> 128 features -> one linear head for each kind of label."""
 
     def __init__(self, channels, size, heads, name="", accuracy=()):
         super().__init__()
         self.channels, self.size, self.heads = channels, size, tuple(heads)
         self.name, self.accuracy = name, tuple(accuracy)
-        def conv(i, o, k, s):
-            return nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()
-        self.body = nn.Sequential(*conv(channels, 32, 5, 2), nn.MaxPool2d(max(1, size // 32)),  # (N, 32, 16, 16)
-                                  *conv(32, 64, 3, 1), nn.MaxPool2d(2), *conv(64, 128, 3, 1), nn.MaxPool2d(2),
-                                  *conv(128, 128, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        conv = lambda i, o, k, s: (nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        self.body = nn.Sequential(
+            *conv(channels, 32, 5, 2), nn.MaxPool2d(max(1, size // 32)),   # (N, C, 32, 32) -> (N, 32, 16, 16)
+            *conv(32, 64, 3, 1), nn.MaxPool2d(2),                          # (N, 64, 8, 8)
+            *conv(64, 128, 3, 1), nn.MaxPool2d(2),                         # (N, 128, 4, 4)
+            *conv(128, 128, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (N, 128)
         self.head = nn.Linear(128, sum(heads))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
-        """Floats (N, C, H, W) in [-1, 1] -> features (N, 128), logits per head [(N, k), ...]."""
+        """Floats (N, C, size, size) in [-1, 1] -> features (N, 128), logits of each head [(N, k), ...]."""
         h = self.body(x.contiguous(memory_format=torch.channels_last))
         return h, self.head(h).split(self.heads, dim=1)
 
     @torch.no_grad()
-    def run(self, images, rows=500):
-        """uint8 (N, C, H, W), any size -> features (N, 128) and probabilities per head, on the CPU, eval mode."""
+    def evaluate(self, images, rows=500):
+        """uint8 (N, C, H, W), any size -> features (N, 128), probabilities [(N, k), ...], on the CPU, in eval mode."""
         check_images(images, self.channels, self.name)
-        was, h, p = self.training, [], [[] for _ in self.heads]
+        mode, h, p = self.training, [], [[] for _ in self.heads]
         self.eval()
         for x in images.split(rows):
-            x = x.to(self.head.weight.device)
-            x = x if x.shape[-2:] == (self.size, self.size) else data.fit(x, self.size)
-            f, logits = self(data.to_float(x.expand(-1, self.channels, -1, -1)))
-            h.append(f.float().cpu())
-            for q, l in zip(p, logits):
-                q.append(l.float().softmax(1).cpu())
-        self.train(was)
-        return torch.cat(h), [torch.cat(q) for q in p]
+            x = data.fit(x.to(self.head.weight.device), self.size).expand(-1, self.channels, -1, -1)
+            features, logits = self(data.to_float(x))
+            h.append(features.cpu())
+            for chunks, l in zip(p, logits):
+                chunks.append(l.softmax(1).cpu())
+        self.train(mode)
+        return torch.cat(h), [torch.cat(chunks) for chunks in p]
 
     def features(self, images):
         """uint8 (N, C, H, W) -> float32 (N, 128)."""
-        return self.run(images)[0]
+        return self.evaluate(images)[0]
 
     def attributes(self, images):
         """uint8 (N, C, H, W) -> one label tensor (N,) a head, e.g. (hair, eyes)."""
-        return tuple(p.argmax(1) for p in self.run(images)[1])
+        return tuple(p.argmax(1) for p in self.evaluate(images)[1])
 
     def predict(self, images):
         """uint8 (N, C, H, W) -> labels (N,) int64 as the data set numbers them (hair * 11 + eyes), confidence (N,)."""
         label, sure = 0, 1
-        for p in self.run(images)[1]:
+        for p in self.evaluate(images)[1]:
             top = p.max(1)
             label, sure = label * p.shape[1] + top.indices, sure * top.values
         return label, sure
 
 
 def targets(labels, heads):
-    """Labels (N,) -> [(N,), ...], one a head: the digits of the label in the mixed base of the heads."""
-    out = []
-    for k in reversed(heads):
-        out.insert(0, labels % k)
-        labels = labels // k
-    return out
+    """Labels (N,) -> [(N,), ...], one a head: hair * 11 + eyes -> hair, eyes."""
+    return [labels] if len(heads) == 1 else [labels // heads[1], labels % heads[1]]
 
 
 def augment(x, flip, generator, shift=2):
-    """uint8 (N, C, H, W) -> each image shifted by up to +-shift pixels and, if flip, mirrored half the time."""
+    """uint8 (N, C, H, W) -> each picture moved by up to +-shift pixels and, if flip, mirrored half the time."""
     n, _, h, w = x.shape
     x = F.pad(x, [shift] * 4, mode="replicate")
     dy, dx = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
     rows, columns = torch.arange(h) + dy, torch.arange(w) + dx             # (N, H), (N, W)
     if flip:
         columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, columns.flip(1), columns)
-    index = (torch.arange(n)[:, None, None], slice(None), rows[:, :, None], columns[:, None, :])
-    return x[index].permute(0, 3, 1, 2)                                    # (N, H, W, C) -> (N, C, H, W)
+    return x[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def rotate(x, quarter):
-    """The pretext task of Gidaris 2018: image i turned by quarter[i] * 90 degrees; guessing the turn needs shapes."""
+    """The pretext task of Gidaris 2018: picture i turned by quarter[i] * 90 degrees; to guess the turn takes shapes."""
     out = x.clone()
     for q in range(1, 4):
         out[quarter == q] = x[quarter == q].rot90(q, (2, 3))
     return out
 
 
-def train_classifier(net, images, labels, flip, seconds=None, steps=600, batch=128, lr=4e-3, seed=0):
-    """Trains net in place on uint8 images (N, C, H, W) and labels (N,) or None (rotations). AdamW, one lr cycle."""
-    generator = torch.Generator().manual_seed(seed)
+def train_classifier(net, images, labels, flip, steps, batch=64, lr=4e-3, seed=0):
+    """Trains net on uint8 images (N, C, size, size) and labels (N,), or None for rotations. AdamW, one lr cycle."""
+    g, device, start = torch.Generator().manual_seed(seed), net.head.weight.device, time.monotonic()
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.2)
-    start, net_device = time.time(), net.head.weight.device
-    for step in range(steps):
-        i = torch.randint(0, len(images), (batch,), generator=generator)
-        x = augment(images[i], flip, generator)
-        y = labels[i] if labels is not None else torch.randint(0, 4, (batch,), generator=generator)
-        x = x if labels is not None else rotate(x, y)
-        _, logits = net(data.to_float(x.to(net_device)))
-        loss = sum(F.cross_entropy(l, t.to(net_device)) for l, t in zip(logits, targets(y, net.heads)))
+    for step in range(1, steps + 1):
+        i = torch.randint(0, len(images), (batch,), generator=g)
+        x, y = augment(images[i], flip, g), labels[i] if labels is not None else None
+        if labels is None:
+            y = torch.randint(0, 4, (batch,), generator=g)
+            x = rotate(x, y)
+        _, logits = net(data.to_float(x.to(device)))
+        loss = sum(F.cross_entropy(l, t.to(device)) for l, t in zip(logits, targets(y, net.heads)))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-        if step % 50 == 49:
-            left = (time.time() - start) / (step + 1) * (steps - step - 1)
-            print(f"\rclassifier {net.name}: step {step + 1}/{steps}  loss {loss.item():.3f}  {left:3.0f} s left ",
-                  end="", flush=True)
+        if step % 50 == 0:
+            left = (time.monotonic() - start) / step * (steps - step)
+            progress(f"{net.name}: step {step}/{steps}  loss {loss.item():.3f}  {data.clock(left)} left")
 
 
-def accuracy(net, images, labels, seed=0):
-    """Share of right answers a head, in [0, 1]; for labels None: of right rotations."""
+def progress(text, end=""):
+    """One line that overwrites itself, on a terminal only; with an end it stays, and goes to a file as well."""
+    if end or sys.stdout.isatty():
+        print(f"\r{text:78}" if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def accuracy(net, images, labels):
+    """Share of right answers of each head, in [0, 1]; where labels are None, of right rotations."""
     if labels is None:
-        labels = torch.randint(0, 4, (len(images),), generator=torch.Generator().manual_seed(seed))
+        labels = torch.randint(0, 4, (len(images),), generator=torch.Generator().manual_seed(0))
         images = rotate(images, labels)
-    guesses = net.attributes(images)
-    return tuple((g == t).float().mean().item() for g, t in zip(guesses, targets(labels, net.heads)))
+    return tuple((g == t).float().mean().item() for g, t in zip(net.attributes(images), targets(labels, net.heads)))
 
 
 def classifier(name, size, device="cpu"):
-    """The Classifier of a data set (data.load's name) at a size, from downloads/ or trained now on its train split."""
-    tag = Path(name).name + (f"-{zlib.crc32(str(Path(name).resolve()).encode()):08x}" if Path(name).is_dir() else "")
+    """The Classifier of a data set (data.load's name) at a size: from downloads/, or trained now on its train split.
+
+    Heads: the classes; hair (12) and eyes (11) for the 132 face classes; 4 rotations for a set without labels."""
+    tag = f"{Path(name).name}-{zlib.crc32(str(Path(name).resolve()).encode()):08x}" if Path(name).is_dir() else name
     path = data.DOWNLOADS / f"classifier-{tag}-{size}.pt"
     if path.is_file():
-        try:
+        with contextlib.suppress(Exception):                               # damaged or of an older version: train again
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            net = Classifier(saved["channels"], size, saved["heads"], saved["name"], saved["accuracy"])
+            net = Classifier(saved["channels"], size, saved["heads"], path.stem, saved["accuracy"])
             net.load_state_dict(saved["state"])
             return net.to(device).eval()
-        except Exception:
-            print(f"{path} is damaged or of an older version: training it again")
-    images, labels, classes = data.load(name, size, "train")
-    test = data.load(name, size, "test")
+    (images, labels, classes), (x, y, _) = data.load(name, size, "train"), data.load(name, size, "test")
     heads = (4,) if labels is None else (12, 11) if len(classes) == 132 else (len(classes),)
-    start = time.time()
+    progress(f"training {path.stem} on {len(images):,} pictures, once, about a minute", end="\n")
+    start = time.monotonic()
     with torch.random.fork_rng(devices=[]):                                # the caller's random state stays as it was
         torch.manual_seed(0)
         net = Classifier(images.shape[1], size, heads, path.stem).to(device)
-        train_classifier(net, images, labels, flip=heads == (12, 11))
-    net.accuracy = accuracy(net.eval(), test[0], test[1])
-    kind = "rotation" if labels is None else "test"
-    print(f"\rclassifier {name} {size}x{size}: {kind} accuracy "
-          f"{' / '.join(f'{100 * a:.2f}%' for a in net.accuracy)}, {time.time() - start:.0f} s{' ' * 20}")
-    with data.atomic(path) as part:
-        torch.save(dict(state={k: v.cpu() for k, v in net.state_dict().items()}, channels=net.channels, name=net.name,
-                        heads=net.heads, accuracy=net.accuracy), part)
+    train_classifier(net, images, labels, flip=len(heads) == 2, steps=1800 if len(heads) == 2 else 1000)
+    net.accuracy = accuracy(net.eval(), x, y)
+    progress(f"{net.name}: {'rotations' if labels is None else 'test accuracy'} "
+             f"{' / '.join(f'{100 * a:.2f}%' for a in net.accuracy)}, {time.monotonic() - start:.0f} s", end="\n")
+    state = {k: v.cpu() for k, v in net.state_dict().items()}
+    data.save_checkpoint(path, dict(state=state, channels=net.channels, heads=heads, accuracy=net.accuracy))
     return net
 
 
-# ---- Inception v3, the published FID network --------------------------------------------------------------------
+# ---- Inception v3, the published FID network -----------------------------------------------------------------------
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -294,20 +339,20 @@ WEIGHTS_URLS = ["https://github.com/mseitzer/pytorch-fid/releases/download/fid_w
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU. Padding keeps the size at stride 1 unless told; stride 2 has none."""
+    """Convolution, batch norm, ReLU. Padding keeps the size unless stride or keep_size say otherwise."""
 
-    def __init__(self, i, o, k, stride=1, padding="same"):
+    def __init__(self, i, o, k, stride=1, keep_size=True):
         super().__init__()
         k = (k, k) if isinstance(k, int) else k
-        p = (k[0] // 2, k[1] // 2) if padding == "same" and stride == 1 else 0
-        self.conv = nn.Conv2d(i, o, k, stride, p, bias=False)
-        self.bn = nn.BatchNorm2d(o, eps=1e-3)                  # torchvision: the same eps, not PyTorch's 1e-5
+        padding = (k[0] // 2, k[1] // 2) if keep_size and stride == 1 else 0
+        self.conv = nn.Conv2d(i, o, k, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(o, eps=1e-3)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self):
-        """W' = W g / sqrt(var + eps), b' = beta - mean g / sqrt(var + eps): the batch norm disappears."""
+        """W' = W s, b' = beta - mean s, s = gamma / sqrt(var + eps): the batch norm goes into the convolution."""
         c, bn = self.conv, self.bn
         s = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
         folded = nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding)
@@ -316,39 +361,41 @@ class Conv(nn.Module):
         self.conv, self.bn = folded, nn.Identity()
 
 
-AVG, MAX3, MAX2 = "avg", "max3", "max2"
-POOLS = {AVG: lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),  # torchvision counts the padding too
-         MAX3: lambda x: F.max_pool2d(x, 3, 1, 1), MAX2: lambda x: F.max_pool2d(x, 3, 2)}
+POOLS = {"avg": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),    # torchvision counts the padding
+         "max": lambda x: F.max_pool2d(x, 3, 1, 1), "max2": lambda x: F.max_pool2d(x, 3, 2)}
 
 
-def table_a(pool):
+def block_a(pool):
+    """35 x 35. Differs from torchvision in the average pool (see POOLS)."""
     return [[("1x1", 64, 1)], [("5x5_1", 48, 1), ("5x5_2", 64, 5)],
-            [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3)], [AVG, ("_pool", pool, 1)]]
+            [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3)], ["avg", ("_pool", pool, 1)]]
 
 
-def table_c(c):
+def block_c(c):
+    """17 x 17. Differs from torchvision in the average pool."""
     return [[("1x1", 192, 1)], [("7x7_1", c, 1), ("7x7_2", c, (1, 7)), ("7x7_3", 192, (7, 1))],
             [("7x7dbl_1", c, 1), ("7x7dbl_2", c, (7, 1)), ("7x7dbl_3", c, (1, 7)), ("7x7dbl_4", c, (7, 1)),
-             ("7x7dbl_5", 192, (1, 7))], [AVG, ("_pool", 192, 1)]]
+             ("7x7dbl_5", 192, (1, 7))], ["avg", ("_pool", 192, 1)]]
 
 
-def table_e(pool):
+def block_e(pool):
+    """8 x 8. 7b differs from torchvision in the average pool; 7c has a maximum pool, torchvision an average."""
     return [[("1x1", 320, 1)], [("3x3_1", 384, 1), [("3x3_2a", 384, (1, 3)), ("3x3_2b", 384, (3, 1))]],
             [("3x3dbl_1", 448, 1), ("3x3dbl_2", 384, 3), [("3x3dbl_3a", 384, (1, 3)), ("3x3dbl_3b", 384, (3, 1))]],
             [pool, ("_pool", 192, 1)]]
 
 
-# block -> branches (joined by channel) -> layers (name, channels, kernel[, stride]) or a pool; a list forks once more
-MIXED = {"5b": table_a(32), "5c": table_a(64), "5d": table_a(64),
-         "6a": [[("3x3", 384, 3, 2)], [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3, 2)], [MAX2]],
-         "6b": table_c(128), "6c": table_c(160), "6d": table_c(160), "6e": table_c(192),
+# block -> branches, joined by channel -> layers: (name, channels, kernel[, stride]), a pool, or a list that forks again
+MIXED = {"5b": block_a(32), "5c": block_a(64), "5d": block_a(64),
+         "6a": [[("3x3", 384, 3, 2)], [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3, 2)], ["max2"]],
+         "6b": block_c(128), "6c": block_c(160), "6d": block_c(160), "6e": block_c(192),
          "7a": [[("3x3_1", 192, 1), ("3x3_2", 320, 3, 2)], [("7x7x3_1", 192, 1), ("7x7x3_2", 192, (1, 7)),
-                ("7x7x3_3", 192, (7, 1)), ("7x7x3_4", 192, 3, 2)], [MAX2]],
-         "7b": table_e(AVG), "7c": table_e(MAX3)}              # 7c: torchvision has an average pool there too
+                ("7x7x3_3", 192, (7, 1)), ("7x7x3_4", 192, 3, 2)], ["max2"]],
+         "7b": block_e("avg"), "7c": block_e("max")}
 
 
 class Mixed(nn.Module):
-    """One Inception block from its table: every branch sees x, the results are joined along the channels."""
+    """One Inception block from its table: each branch sees x, the results are joined along the channels."""
 
     def __init__(self, i, branches):
         super().__init__()
@@ -359,11 +406,8 @@ class Mixed(nn.Module):
                 fork = layer if isinstance(layer, list) else [layer] if isinstance(layer, tuple) else []
                 for name, o, *shape in fork:
                     self.add_module("branch" + name, Conv(c, o, *shape))
-                c = sum(l[1] for l in fork) or c
+                c = sum(l[1] for l in fork) or c                           # a pool keeps the channels
             self.out += c
-
-    def forward(self, x):
-        return torch.cat([self.follow(branch, x) for branch in self.branches], 1)
 
     def follow(self, branch, h):
         for layer in branch:
@@ -373,21 +417,24 @@ class Mixed(nn.Module):
                 h = POOLS[layer](h) if isinstance(layer, str) else getattr(self, "branch" + layer[0])(h)
         return h
 
+    def forward(self, x):
+        return torch.cat([self.follow(branch, x) for branch in self.branches], 1)
+
 
 class Inception(nn.Module):
-    """Inception v3 (Szegedy 2016) as ported from the TensorFlow graph of 2015-12-05 that published FIDs use.
+    """Inception v3 (Szegedy 2016) as the TensorFlow graph of 2015-12-05 has it, whose features published FIDs use.
 
-    23,850,960 parameters. Differs from torchvision's: see the three comments on pools; 1008 classes; no auxiliary head;
-    pictures are resized to 299 x 299 bilinearly without antialiasing and scaled to [-1, 1]."""
-    name = "inception"
+    23,850,960 parameters. Differs from torchvision's in the pools (see the blocks), in 1008 classes, in having no
+    auxiliary head, and in the input: 299 x 299 by bilinear resizing without antialiasing, scaled to [-1, 1]."""
 
     def __init__(self):
         super().__init__()
+        self.name = "inception"
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, keep_size=False)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, keep_size=False)
         c = 192
         for block, branches in MIXED.items():
             mixed = Mixed(c, branches)
@@ -400,16 +447,12 @@ class Inception(nn.Module):
         """(N, 3, 299, 299) in [-1, 1] -> [(N, 64, 73, 73), (N, 192, 35, 35), (N, 768, 17, 17), (N, 2048)]."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         out = [F.max_pool2d(x, 3, 2)]
-        out.append(F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(out[0])), 3, 2))
-        x = out[1]
+        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(out[0])), 3, 2)
+        out.append(x)
         for block in MIXED:
             x = getattr(self, f"Mixed_{block}")(x)
             out += [x] if block == "6e" else []
-        return out + [x.float().mean((2, 3))]
-
-    def forward(self, x):
-        """(N, 3, 299, 299) in [-1, 1] -> the 2048 features FID is defined on (N, 2048)."""
-        return self.blocks(x)[-1]
+        return out + [x.float().mean((2, 3))]                              # torchvision's average pool, over 8 x 8
 
     def prepare(self, images):
         """uint8 (N, 1 or 3, H, W) -> (N, 3, 299, 299) in [-1, 1]."""
@@ -419,123 +462,145 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def features(self, images, rows=32):
-        """uint8 images (N, 1 or 3, H, W) of any size -> float32 (N, 2048) on the CPU."""
+        """uint8 pictures (N, 1 or 3, H, W) of any size -> float32 (N, 2048) on the CPU."""
         check_images(images, 3, self.name)
-        return torch.cat([self(self.prepare(x)).float().cpu() for x in images.split(rows)])
+        with torch.backends.cudnn.flags(allow_tf32=False):                 # TF32 would cost three digits
+            return torch.cat([self.blocks(self.prepare(x))[-1].cpu() for x in images.split(rows)])
 
     def load_published(self, state):
-        """Takes the published state dict (with or without num_batches_tracked), folds the batch norms, channels_last."""
+        """Takes the published state dict (num_batches_tracked or not), folds the batch norms, goes channels_last.
+
+        Errors: UserError naming the first missing, unexpected or misshapen entry."""
         if isinstance(self.Conv2d_1a_3x3.bn, nn.Identity):
-            self.__init__()                                    # folded before: the published names need their layers
+            self.__init__()                                                # folded before: the names need their layers
         try:
-            self.load_state_dict(dict(state))                  # a plain dict has no version: counters may be missing
-        except RuntimeError as e:
-            raise data.UserError(f"not the published FID Inception: {str(e).splitlines()[1].strip()[:200]}") from None
+            self.load_state_dict(dict(state))                              # a plain dict: counters may be missing
+        except (RuntimeError, TypeError, ValueError) as e:
+            raise UserError(f"not the published FID Inception: {' '.join(str(e).split())[:200]}") from None
         for m in self.modules():
             if isinstance(m, Conv):
                 m.fold()
         return self.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-# ---- scores of a run ----------------------------------------------------------------------------------------------
+def inception(device="cpu", bf16=0):
+    """The published network, from DATA_DIR, downloads/ or a mirror. Errors: UserError naming URL, path, sha256."""
+    name = next((n for n in (WEIGHTS, WEIGHTS[3:]) if data.find(n)), WEIGHTS)
+    try:
+        path = data.fetch(name, WEIGHTS_URLS, WEIGHTS_SHA256, "96 MB")
+    except data.Unavailable as e:
+        raise UserError(f"{e}; or use --features classifier, which needs no download") from None
+    net = Inception().load_published(torch.load(path, map_location="cpu", weights_only=True)).to(device)
+    if bf16:
+        net.to(torch.bfloat16).name = "inception in bfloat16, not for publication"
+    return net
 
+
+# ---- scores of a run -----------------------------------------------------------------------------------------------
 
 def score(net, real, fake, other_real):
-    """All metrics of uint8 images under net's features: dict fid, kid, precision, recall, n, n_real, features, floor.
+    """Metrics of uint8 pictures under net's features -> dict fid, kid, precision, recall, n, n_real, features, floor.
 
-    floor: FID of other_real (held out) against real; no generator gets below it but by chance. floor_n: its n."""
+    floor: FID of other_real (held out) against real, with floor_n pictures; a generator gets below it only by luck."""
     x, y, z = (net.features(t) for t in (real, fake, other_real[:len(fake)]))
     precision, recall = precision_recall(x, y)
-    mu, f = gaussian(x)                                                    # the real root, used twice
+    mu, f = gaussian(x)                                                    # the real set's root, used twice
     return dict(fid=distance(mu, f, *gaussian(y)), kid=kid(x, y), precision=precision, recall=recall, n=len(y),
                 n_real=len(x), features=net.name, floor=distance(mu, f, *gaussian(z)), floor_n=len(z))
 
 
 def line(s):
-    """`FID 12.3 (classifier-mnist, n = 10000, real-vs-real floor 0.4)` from score's dict: never a bare FID."""
+    """`FID 12.3 (classifier-mnist-32, n = 10000, real-vs-real floor 0.4)` from score's dict: never a bare FID."""
     n = s["n"] if s["n_real"] in (s["n"], 0) else f"{s['n_real']} real, {s['n']}"
     floor = f", real-vs-real floor {s['floor']:.2g}" if "floor" in s else ""
     at = f" at n = {s['floor_n']}" if floor and s["floor_n"] != s["n"] else ""
     return f"FID {s['fid']:.3g} ({s['features']}, n = {n or 'unknown'}{floor}{at})"
 
-# ---- statistics: what is known of one side of a comparison ------------------------------------------------------
 
+# ---- statistics: what is known of one side -------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Stats:
     """A Gaussian fitted to features: mean (d,), factor (d, r) of its covariance, n (0: unknown), and the features."""
     name: str
-    features: str
+    features: str                                                          # name of the network
     n: int
     mu: torch.Tensor
     root: torch.Tensor
-    x: torch.Tensor = None                                                 # (n, d), unknown in saved statistics
+    x: torch.Tensor = None                                                 # (n, d); unknown in saved statistics
 
 
 def save_stats(path, s):
-    """Writes mu, sigma (as pytorch-fid does), and the root, n and feature name, so that the next FID is cheaper."""
+    """Writes mu and sigma, as pytorch-fid does, and root, n and network, so that the next FID is cheaper and safer."""
     with data.atomic(path) as part, open(part, "wb") as f:
         np.savez(f, mu=s.mu.numpy(), sigma=(s.root @ s.root.T).numpy(), root=s.root.numpy(), n=s.n, features=s.features)
 
 
 def load_stats(path):
-    """npz written by save_stats or by pytorch-fid (mu, sigma) -> Stats. Errors: UserError when it is neither."""
+    """npz of save_stats or of pytorch-fid (mu and sigma alone) -> Stats. Errors: UserError when it is neither."""
     try:
         with np.load(path, allow_pickle=False) as f:
             held = {k: f[k] for k in f.files}
     except FileNotFoundError:
-        raise data.UserError(f"there is no {path}; write one with --save") from None
-    except Exception as e:                                                 # damaged zips raise nearly anything
-        raise data.UserError(f"{path} is no readable npz ({type(e).__name__}); write it again with --save") from None
+        raise UserError(f"there is no {path}; write one with --save") from None
+    except Exception as e:                                                 # a damaged zip raises nearly anything
+        raise UserError(f"{path} is no readable npz ({type(e).__name__}); write it again with --save") from None
     if not {"mu", "sigma"} <= set(held):
-        raise data.UserError(f"{path} lacks mu or sigma (it holds: {', '.join(held) or 'nothing'}); write one with --save")
-    mu, sigma = float64(held["mu"]), float64(held["sigma"])
-    if mu.dim() != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.isfinite().all() and sigma.isfinite().all()):
-        raise data.UserError(f"{path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} are no finite mean and covariance")
-    root = float64(held["root"]) if "root" in held else factor(sigma)
-    return Stats(str(path), str(held.get("features", "inception")), int(held.get("n", 0)), mu, root)
+        raise UserError(f"{path} lacks mu or sigma (it holds: {', '.join(held) or 'nothing'}); write one with --save")
+    shapes = [held[k].shape for k in ("mu", "sigma") + (("root",) if "root" in held else ())]
+    if len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0] or shapes[-1][:1] != shapes[0] or not all(
+            np.isfinite(held[k]).all() for k in ("mu", "sigma", "root") if k in held):
+        raise UserError(f"{path} holds no finite mean (d,) and covariance (d, d): {shapes}; write it again with --save")
+    root = float64(held["root"]) if "root" in held else factor(float64(held["sigma"]))
+    return Stats(str(path), str(held.get("features", "inception")), int(held.get("n", 0)), float64(held["mu"]), root)
 
 
-def same_features(name1, features1, name2, features2):
-    """UserError unless both sides were seen by one network."""
-    if features1 != features2:
-        raise data.UserError(f"{name1} holds {features1} features, {name2} {features2}: measure both with one network")
+def same_network(a, b):
+    """UserError unless both (name, features) were seen by one network."""
+    if a[1] != b[1]:
+        raise UserError(f"{a[0]} holds {a[1]} features, {b[0]} {b[1]}: measure both with one network")
 
 
 # ---- sources: folders, data sets, runs -----------------------------------------------------------------------------
 
-
 @dataclasses.dataclass
 class Source:
-    """n pictures that are read in chunks: read(indices) -> list of uint8 (C, H, W)."""
+    """n pictures, read in chunks: read(indices) -> list of uint8 (C, H, W)."""
     name: str
     n: int
     channels: int
     read: object
-    size: int = 0                                                          # side of its pictures, 0: they vary
-    data: str = ""                                                         # data set it belongs to
+    size: int = 0                                                          # side of all its pictures; 0: they vary
+    data: str = ""                                                         # the data set it belongs to
     skipped: int = 0
 
 
+def from_set(name, split, size):
+    """A data set, or the first that can be had of a list of them."""
+    name, images, _, _ = data.choose(name, size, split)
+    return Source(f"{name}:{split}", len(images), images.shape[1], lambda i: list(images[i]), size, name)
+
+
 def from_folder(folder, cfg):
-    """Every picture under a folder, grey if a sample of 32 of them is; decoded when its turn comes."""
+    """Every picture under a folder, decoded when its turn comes; grey if 32 of them, evenly spaced, all are."""
     files = data.pictures(folder)
-    source = Source(str(folder), len(files), 3, None, data=str(folder))
 
     def grey(path):
-        with contextlib.suppress(Exception), Image.open(path) as im:
-            return im.mode in ("1", "L", "LA", "I;16", "I")
-        return True                                                        # broken: read() will say so
-    source.channels = 1 if all(grey(f) for f in files[::max(1, len(files) // 32)]) else 3
+        with contextlib.suppress(Exception), Image.open(path) as im:       # broken ones are read()'s business
+            return im.mode in ("1", "L", "LA", "I", "I;16")
+        return True
+    channels = 1 if all(grey(f) for f in files[::-(-len(files) // 32)]) else 3
+    source = Source(str(folder), len(files), channels, None, cfg.size, str(folder))
 
     def read(indices):
         pictures = []
         for i in indices:
             try:
-                pictures.append(data.read_picture(files[i], source.channels))
-            except data.UserError as e:
+                picture = data.read_picture(files[i], channels)
+                pictures.append(data.fit(picture, cfg.size) if cfg.size else picture)
+            except UserError as e:
                 if not cfg.skip_broken:
-                    raise data.UserError(f"{e}, or go on without it: --skip-broken 1") from None
+                    raise UserError(f"{e}, or go on without it: --skip-broken 1") from None
                 source.skipped += 1
         return pictures
     source.read = read
@@ -547,20 +612,27 @@ def from_array(path, name, kind=""):
     try:
         a = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise data.UserError(f"{path} is no readable npy ({e})") from None
+        raise UserError(f"{path} is no readable npy ({e}); write it again") from None
     if a.dtype != np.uint8 or a.ndim != 4 or a.shape[3] not in (1, 3):
-        raise data.UserError(f"{path}: {a.dtype} {a.shape}; wanted: uint8 N x H x W x 1 or 3")
-    return Source(str(name), len(a), a.shape[3], lambda i: list(torch.from_numpy(a[i]).permute(0, 3, 1, 2)), a.shape[1], kind)
+        raise UserError(f"{path} is {a.dtype} {a.shape}; wanted: uint8, N x H x W x 1 or 3")
+    return Source(str(name), len(a), a.shape[3], lambda i: list(torch.from_numpy(a[i]).permute(0, 3, 1, 2)), a.shape[1],
+                  kind)
 
 
-def from_run(path, cfg):
-    """Samples of a run of gan.py: its samples.npy, or if that is missing, short or old, written now by gan.py itself."""
+def is_run(word):
+    """Whether a word of the command line is a run's folder or checkpoint."""
+    path = Path(word)
+    return path.suffix == ".pt" or (path / "last.pt").is_file() or (path / "samples.npy").is_file()
+
+
+def from_run(path, wanted):
+    """Samples of a run of gan.py: its samples.npy; where that is missing, short or older than last.pt, gan.py draws."""
     folder = path if path.is_dir() else path.parent
-    samples, last, wanted, kind = folder / "samples.npy", folder / "last.pt", cfg.n or 10_000, ""
-    if last.exists():
+    samples, last, kind = folder / "samples.npy", folder / "last.pt", ""
+    if last.exists() or not samples.exists():
         config = data.load_checkpoint(last).get("config", {})
         if "preset" not in config:
-            raise data.UserError(f"{last} is no checkpoint of gan.py; dump the samples as {samples} (uint8 N x H x W x C)")
+            raise UserError(f"{last} is none of gan.py's; put samples beside it: {samples}, uint8 N x H x W x C")
         with contextlib.suppress(OSError, ValueError, KeyError):
             kind = json.loads((folder / "result.json").read_text())["data"]["name"]
         kind = kind or config["data"]
@@ -568,298 +640,42 @@ def from_run(path, cfg):
         if not fresh or from_array(samples, folder).n < wanted:
             own = ("preset", "out", "resume", "overwrite", "steps", "dump", "show", "prompt")
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in config.items() if k not in own]
-            run = subprocess.run([sys.executable, str(Path(__file__).with_name("gan.py")), config["preset"], *flags, "--out",
-                                  str(folder), "--resume=1", "--steps=0", f"--dump={wanted}", "--show=dump"],
-                                 stdout=sys.stderr)
-            if run.returncode:
-                raise data.UserError(f"gan.py could not draw samples from {last}; see its message above")
+            command = [sys.executable, str(Path(__file__).with_name("gan.py")), config["preset"], *flags,
+                       "--out", str(folder), "--resume=1", "--steps=0", "--show=dump", f"--dump={wanted}"]
+            if subprocess.run(command, stdout=sys.stderr).returncode:
+                raise UserError(f"gan.py could not draw samples from {last}: see its message above")
     return from_array(samples, folder, kind)
 
 
-def is_run(spec):
-    """Whether spec is a run's folder or checkpoint."""
-    path = Path(spec)
-    return path.suffix == ".pt" or (path / "last.pt").is_file() or (path / "samples.npy").is_file()
-
-
-def open_source(spec, size, cfg):
-    """Command-line word -> Source: NAME[:SPLIT] of a data set, a run or its last.pt, a .npy, else a folder."""
-    name, _, split = spec.partition(":")
-    if name in data.SETS or "," in name:
+def open_source(word, size, cfg):
+    """A word of the command line -> Source: data set NAME[:SPLIT], a run or its last.pt, an .npy, else a folder."""
+    name, _, split = word.partition(":")
+    if name in data.SETS:
         if split not in ("", "train", "test", "all"):
-            raise data.UserError(f"{spec}: the split is train, test or all")
-        name, images, _, _ = data.choose(name, size, split or "train")
-        return Source(f"{name}:{split or 'train'}", len(images), images.shape[1], lambda i: list(images[i]), size, name)
-    if is_run(spec):
-        return from_run(Path(spec), cfg)
-    return from_array(spec, spec) if spec.endswith(".npy") else from_folder(Path(spec), cfg)
+            raise UserError(f"{word}: a split is train, test or all")
+        return from_set(name, split or "train", size)
+    if is_run(word):
+        return from_run(Path(word), cfg.n or 10_000)
+    return from_array(word, word) if word.endswith(".npy") else from_folder(Path(word), cfg)
 
 
 def measure(source, net, cfg):
-    """Source -> Stats: features in chunks of cfg.batch pictures, never all decoded at once, with progress."""
+    """Source -> Stats: features in chunks of cfg.batch pictures, so never all decoded at once, with time left."""
     index = torch.randperm(source.n, generator=torch.Generator().manual_seed(cfg.seed))[:cfg.n or None].sort().values
-    done, start, shown, x = 0, time.monotonic(), 0.0, []
+    start, done, x = time.monotonic(), 0, []
     for chunk in index.split(cfg.batch):
         pictures = source.read(chunk.numpy())
-        for shape in {p.shape for p in pictures}:                          # one batch a picture size
+        for shape in sorted({p.shape for p in pictures}):                  # a batch for each picture size
             x.append(net.features(torch.stack([p for p in pictures if p.shape == shape])))
         done, seconds = done + len(chunk), time.monotonic() - start
-        if seconds - shown > 1 or done == len(index):
-            shown = seconds
-            print(f"\r{source.name}: {done:6,} of {len(index):,}  {done / seconds:7.1f} images/s  "
-                  f"{data.clock(seconds / done * (len(index) - done))} left ", end="", flush=True)
-    print(f", {source.skipped} broken left out" if source.skipped else "", flush=True)
+        progress(f"{source.name}: {done:,} of {len(index):,}  {done / seconds:.1f} images/s  "
+                 f"{data.clock(seconds / done * (len(index) - done))} left")
     n = sum(len(f) for f in x)
+    progress(f"{source.name}: {n:,} pictures, {done / seconds:.1f} images/s" +
+             (f", {source.skipped} broken left out" if source.skipped else ""), end="\n")
     if n < 2:
-        raise data.UserError(f"{source.name}: {n} picture(s); a covariance needs at least 2")
-    x = torch.cat(x)
-    return Stats(source.name, net.name, n, *gaussian(x), x)
-
-
-# ---- one comparison ------------------------------------------------------------------------------------------------
-
-
-def kid_error(real, fake, blocks=10):
-    """Standard error of KID: the unbiased estimate on 10 disjoint blocks of either set, their deviation / sqrt(10)."""
-    k = torch.tensor([kid(a, b) for a, b in zip(real.tensor_split(blocks), fake.tensor_split(blocks))])
-    return (k.std() / blocks ** 0.5).item()
-
-
-def extrapolate(real, fake, seed=0, points=8):
-    """FID at infinite n (Chong & Forsyth 2020): FID_n = FID_inf + c / n, fitted on subsets of n/5 .. n of both sets.
-
-    real, fake: Stats; statistics without features keep their n, and their own bias. -> (FID_inf, its standard error)."""
-    generator = torch.Generator().manual_seed(seed)
-    inverse, values = [], []
-    for share in torch.linspace(1, 5, points):                             # evenly spaced in 1 / n
-        sides, sizes = [], []
-        for s in (real, fake):
-            m = int(s.n / share)
-            i = torch.randperm(s.n, generator=generator)[:m]
-            sides += gaussian(s.x[i]) if s.x is not None else (s.mu, s.root)
-            sizes += [m] if s.x is not None else []
-        inverse.append(sum(1 / m for m in sizes) / len(sizes))
-        values.append(distance(*sides))
-    A = torch.stack([torch.ones(points), torch.tensor(inverse)], 1).double()
-    b = torch.tensor(values).double()
-    coefficients = torch.linalg.lstsq(A, b[:, None]).solution[:, 0]
-    variance = (A @ coefficients - b).square().sum() / (points - 2) * torch.linalg.inv(A.T @ A)
-    return coefficients[0].item(), variance[0, 0].sqrt().item()
-
-
-def compare(a, b, cfg):
-    """All metrics of two Stats, a the real one -> dict; what needs the features is left out for saved statistics."""
-    same_features(a.name, f"{len(a.mu)} {a.features}", b.name, f"{len(b.mu)} {b.features}")
-    out = dict(fid=distance(a.mu, a.root, b.mu, b.root), n=b.n, n_real=a.n, features=b.features, real=a.name, fake=b.name)
-    if a.x is not None and a.n >= 4:                                       # the floor: two halves of the real set
-        shuffled = a.x[torch.randperm(a.n, generator=torch.Generator().manual_seed(cfg.seed))]
-        out |= dict(floor=fid(shuffled[:a.n // 2], shuffled[a.n // 2:]), floor_n=a.n // 2)
-    if a.x is not None and b.x is not None:
-        out |= dict(kid=kid(a.x, b.x))
-        if min(a.n, b.n) >= 20:
-            out["kid_error"] = kid_error(a.x, b.x)
-        if min(a.n, b.n) > 3:
-            out["precision"], out["recall"] = precision_recall(a.x, b.x)
-    if cfg.extrapolate:
-        if b.x is None or b.n < 100:
-            raise data.UserError(f"--extrapolate needs the pictures of {b.name}, at least 100, not its statistics")
-        out["fid_inf"], out["fid_inf_error"] = extrapolate(a, b, cfg.seed)
-    return out
-
-
-def report(r, d):
-    """Prints compare's dict, for a feature dimension d."""
-    print(line(r))
-    if "kid" in r:
-        error = f" +- {r['kid_error']:.1g} (standard error over 10 blocks)" if "kid_error" in r else ""
-        print(f"KID {r['kid']:.4g}{error}" + (f", precision {r['precision']:.3f}, recall {r['recall']:.3f} (k = 3)"
-                                              if "precision" in r else ""))
-    if "fid_inf" in r:
-        print(f"FID at infinite n {r['fid_inf']:.3g} +- {r['fid_inf_error']:.1g} (line through 8 subsets, in 1/n)")
-    n = min(k for k in (r["n"], r["n_real"], 1 << 40) if k)
-    if n < 10_000 * d // 2048:
-        print(f"warning: n = {n} is small. FID is too high by about c/n (equal distributions, 2048 features: 4.6 at 1000, 0.5 at "
-              f"10,000), so compare at one n only, or use --extrapolate 1" +
-              (f"; with n <= {d} the covariance is singular as well" if n <= d else ""))
-
-
-# ---- what the roots cost, what the network costs -------------------------------------------------------------------
-
-
-def newton_schulz(a, iterations=25):
-    """Square root of a (d, d) by products only (Higham 2008, section 6.7): Y -> a^1/2, Z -> a^-1/2. Loved by GPUs and
-    autograd; slow to reach small eigenvalues, which an FID has thousands of."""
-    norm, one = a.norm(), torch.eye(len(a), dtype=a.dtype)
-    y, z = a / norm, one
-    for _ in range(iterations):
-        t = (3 * one - z @ y) / 2
-        y, z = y @ t, t @ z
-    return y * norm.sqrt()
-
-
-def denman_beavers(a, iterations=12):
-    """Square root by inverses (Denman & Beavers 1976): Y -> a^1/2, Z -> a^-1/2, in a dozen steps. Needs a regular a."""
-    y, z = a, torch.eye(len(a), dtype=a.dtype)
-    for _ in range(iterations):
-        y, z = (y + torch.linalg.inv(z)) / 2, (z + torch.linalg.inv(y)) / 2
-    return y
-
-
-def symmetric_trace(s1, s2):
-    """tr (S1 S2)^1/2 by two eigendecompositions, as in the derivation above."""
-    r = sqrtm(s1)
-    return torch.linalg.eigvalsh(r @ s2 @ r).clamp(min=0).sqrt().sum()
-
-def roots(d=2048, n=1000):
-    """Prints seconds and relative FID errors of the ways to the root, against a pair whose answer is known.
-
-    With T symmetric positive definite and S2 = T S1 T: S1 S2 = (S1 T)^2, hence tr (S1 S2)^1/2 = tr (S1 T) exactly."""
-    g = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    mix = torch.arange(1, d + 1, dtype=torch.float64)[:, None] ** -0.6 * normal(d, d) / d ** 0.5
-    w = normal(d, d) / d ** 0.5
-    T, zero = torch.eye(d, dtype=torch.float64) + 0.2 * w @ w.T, torch.zeros(d, dtype=torch.float64)
-    print(f"d = {d}, float64, {torch.get_num_threads()} threads; singular: n = {n}\n{'':44}{'full rank':>22}{'singular':>22}")
-    print(f"{'':44}" + f"{'seconds':>10}{'error':>12}" * 2)
-    cells = {}
-    for m in (5 * d, n):
-        x = normal(m, d) @ mix
-        f1 = ((x - x.mean(0)) / (m - 1) ** 0.5).T                           # S1 = F1 F1^T, S2 = T S1 T
-        f2 = T @ f1
-        s1, s2 = f1 @ f1.T, f2 @ f2.T
-        exact = ((s1.trace() + s2.trace()) - 2 * (s1 * T).sum()).item()
-        root1 = f1 if m <= d else factor(s1)
-        trace = lambda t: (s1.trace() + s2.trace() - 2 * t).item()
-        ways = {"Newton-Schulz, 15 iterations": lambda: trace(newton_schulz(s1 @ s2, 15).trace()),
-                "Newton-Schulz, 25 iterations": lambda: trace(newton_schulz(s1 @ s2, 25).trace()),
-                "Newton-Schulz, 40 iterations": lambda: trace(newton_schulz(s1 @ s2, 40).trace()),
-                "Denman-Beavers, 12 iterations": lambda: trace(denman_beavers(s1 @ s2).trace()),
-                "eigendecomposition twice": lambda: trace(symmetric_trace(s1, s2)),
-                "here: from two covariances": lambda: frechet_distance(zero, s1, zero, s2),
-                "here: the real root kept": lambda: distance(zero, root1, zero, factor(s2)),
-                "here: centred features are roots (n <= d)": lambda: distance(zero, f1, zero, f2) if m <= d else None}
-        with contextlib.suppress(ImportError):
-            from scipy import linalg, __version__ as version
-            ways[f"scipy {version} sqrtm(s1 @ s2)"] = lambda: trace(np.trace(linalg.sqrtm((s1 @ s2).numpy())).real)
-        for name, way in ways.items():
-            start = time.perf_counter()
-            try:
-                value = way()
-            except RuntimeError:                                           # LAPACK: an inverse of a singular matrix
-                value = float("nan")
-            seconds = time.perf_counter() - start
-            cells.setdefault(name, []).append(f"{'-':>10}{'-':>12}" if value is None else
-                                              f"{seconds:10.2f}{abs(value / exact - 1):12.1e}")
-    for name, row in cells.items():
-        print(f"{name:44}" + "".join(row), flush=True)
-
-
-def stand_in(seed=0):
-    """An Inception state dict with random weights of sensible size: for timing, where the published file is not at hand."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        state = Inception().state_dict()
-        for key, t in state.items():
-            if key.endswith("conv.weight"):
-                nn.init.kaiming_normal_(t)
-            elif key.endswith("running_mean"):
-                t.normal_(0, 0.3)
-            elif key.endswith("running_var"):
-                t.uniform_(0.7, 1.4)
-    return state
-
-
-def speed(device, n=64, rounds=3):
-    """Prints images/s and feature errors of the plain, the folded channels_last and the bfloat16 network, interleaved."""
-    file = data.find(WEIGHTS)
-    state = torch.load(file, weights_only=True) if file else stand_in()
-    plain = Inception()
-    plain.load_state_dict(dict(state))
-    nets = {"plain (float32, NCHW, batch norm)": plain, "folded, channels_last": Inception().load_published(state),
-            "the same in bfloat16": Inception().load_published(state).to(torch.bfloat16)}
-    images = torch.randint(0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    seconds, features = {k: [] for k in nets}, {}
-    for _ in range(rounds + 1):                                            # the first round warms up
-        for name, net in nets.items():
-            start = time.perf_counter()
-            features[name] = net.to(device).features(images)
-            seconds[name].append(time.perf_counter() - start)
-    f = features["plain (float32, NCHW, batch norm)"]
-    best = {k: min(s[1:]) for k, s in seconds.items()}
-    for name in nets:
-        print(f"{name:36}{n / best[name]:8.1f} images/s  x{best['plain (float32, NCHW, batch norm)'] / best[name]:.2f}  "
-              f"feature error {((features[name] - f).norm() / f.norm()).item():.1e}")
-
-
-# ---- main ----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Config:
-    sources: tuple = ()           # real, then generated: folder, data set[:split], run folder, last.pt, .npy or .npz
-    features: str = "inception"   # inception (published numbers) or classifier (trained here, no download)
-    data: str = ""                # data set whose classifier gives the features; empty: that of the sources
-    size: int = 0                 # side in pixels at which a data set is loaded; 0: that of the run, else 32
-    n: int = 0                    # at most this many pictures a side, chosen by the seed; 0: all (of a run 10,000)
-    batch: int = 32               # pictures decoded and passed through the network at once
-    device: str = "auto"          # auto, cuda, mps, cpu
-    bf16: int = 0                 # 1: Inception in bfloat16: faster, not for publication
-    seed: int = 0                 # seed of subsets and halves
-    save: str = ""                # write the first source's statistics to this .npz
-    skip_broken: int = 0          # 1: leave unreadable pictures out and count them
-    extrapolate: int = 0          # 1: FID at infinite n
-    json: int = 0                 # 1: print one JSON object
-
-
-def inception(device, bf16=0):
-    """The published network, from DATA_DIR, downloads/ or its mirrors. Errors: UserError naming URL, path and sha256."""
-    name = next((n for n in (WEIGHTS, WEIGHTS[3:]) if data.find(n)), WEIGHTS)
-    try:
-        path = data.fetch(name, WEIGHTS_URLS, WEIGHTS_SHA256, "96 MB")
-    except data.Unavailable as e:
-        raise data.UserError(f"{e}; or use --features classifier, which needs no download") from None
-    net = Inception().load_published(torch.load(path, map_location="cpu", weights_only=True)).to(device)
-    if bf16:
-        net.to(torch.bfloat16).name = "inception-bfloat16, not for publication"
-    return net
-
-
-def check(cfg):
-    """What makes no sense ends here, in one line."""
-    if cfg.features not in ("inception", "classifier"):
-        raise data.UserError(f"--features {cfg.features} is unknown; inception or classifier")
-    if cfg.n < 0 or cfg.n == 1 or cfg.batch < 1:
-        raise data.UserError(f"--n {cfg.n} --batch {cfg.batch}: a covariance needs 2 pictures, a batch 1")
-    if len(cfg.sources) == 1 and not (cfg.save or is_run(cfg.sources[0])):
-        raise data.UserError("one source is enough for a run or with --save; name two: python fid.py REAL GENERATED")
-    if not 1 <= len(cfg.sources) <= 2:
-        raise data.UserError(f"{len(cfg.sources)} sources; name two: python fid.py REAL GENERATED")
-
-
-def statistics(cfg):
-    """The Stats of the sources, the real one first."""
-    specs, opened, stats = list(cfg.sources), {}, {}
-    for spec in sorted(specs, key=lambda s: s.split(":")[0] in data.SETS):  # runs before data sets: they know their size
-        if spec.endswith(".npz"):
-            stats[spec] = load_stats(spec)
-        else:
-            size = cfg.size or next((s.size for s in opened.values() if s.size), 32)
-            opened[spec] = open_source(spec, size, cfg)
-    if len(specs) == 1 and not cfg.save:                                   # a run alone: against its own data
-        run = opened[specs[0]]
-        if not run.data:
-            raise data.UserError(f"{specs[0]} does not say what it was trained on; name it: python fid.py REAL {specs[0]}")
-        specs.insert(0, run.data)
-        opened[run.data] = open_source(run.data, cfg.size or run.size, cfg)
-    if len({s.channels for s in opened.values()}) > 1:
-        raise data.UserError("different channels: " + ", ".join(f"{s.name} has {s.channels}" for s in opened.values()) +
-                             "; convert one of them to the other's")
-    if opened:
-        net = network(cfg, [opened[s] for s in specs if s in opened])
-        for s in stats.values():
-            same_features(s.name, s.features, "the other side", net.name)
-        stats |= {spec: measure(source, net, cfg) for spec, source in opened.items()}
-    return [stats[s] for s in specs]
+        raise UserError(f"{source.name}: {n} readable picture(s); a covariance needs at least 2")
+    return Stats(source.name, net.name, n, *gaussian(torch.cat(x)), torch.cat(x))
 
 
 def network(cfg, sources):
@@ -869,24 +685,221 @@ def network(cfg, sources):
         return inception(device, cfg.bf16)
     name = cfg.data or next((s.data for s in sources if s.data), "")
     if not name:
-        raise data.UserError("which data set's classifier? name it with --data")
-    return classifier(name, cfg.size or next((s.size for s in sources if s.size), 32), device)
+        raise UserError("the classifier of which data set? name it: --data mnist")
+    size = cfg.size or next((s.size for s in sources if s.size), 32)
+    return classifier(data.choose(name, size)[0] if "," in name else name, size, device)
+
+
+def statistics(cfg):
+    """The Stats of the sources, the real one first."""
+    words, opened, stats = list(cfg.sources), {}, {w: load_stats(w) for w in cfg.sources if w.endswith(".npz")}
+    for word in sorted(words, key=lambda w: w.split(":")[0] in data.SETS):  # a run first: it knows the data set's size
+        if word not in stats:
+            size = cfg.size or next((s.size for s in opened.values() if s.size), 32)
+            opened[word] = open_source(word, size, cfg)
+    if len(words) == 1 and not cfg.save:                                   # a run alone: against its own data
+        run = opened[words[0]]
+        if not run.data:
+            raise UserError(f"{words[0]} does not say its data; name it: python fid.py REAL {words[0]}")
+        words.insert(0, "its data")
+        opened["its data"] = from_set(run.data, "train", run.size)
+    if len({s.channels for s in opened.values()}) > 1:
+        raise UserError("different channels: " + ", ".join(f"{s.name} has {s.channels}" for s in opened.values()) +
+                        "; convert one of them")
+    if opened:
+        net = network(cfg, [opened[w] for w in words if w in opened])
+        for s in stats.values():
+            same_network((s.name, s.features), ("the other side", net.name))
+        stats |= {word: measure(source, net, cfg) for word, source in opened.items()}
+    return [stats[w] for w in words]
+
+
+# ---- one comparison ------------------------------------------------------------------------------------------------
+
+def extrapolate(real, fake, seed=0, most=5):
+    """FID at infinite n (Chong & Forsyth 2020): the line FID_n = FID_inf + c / n, read at 1/n = 0.
+
+    Both sets are cut into k = 1 .. 5 disjoint parts (n = N / k) and the FIDs of the parts averaged, so that each point
+    has seen all pictures. real, fake: Stats; saved ones stay whole, and biased. -> (FID_inf, its standard error)."""
+    def parts(s, k):
+        order = torch.randperm(s.n, generator=torch.Generator().manual_seed(seed))
+        return k * [(s.mu, s.root)] if s.x is None else [gaussian(s.x[i]) for i in order.tensor_split(k)]
+    ks = range(1, most + 1)
+    fids = [np.mean([distance(*a, *b) for a, b in zip(parts(real, k), parts(fake, k))]) for k in ks]
+    (_, fid_inf), covariance = np.polyfit(ks, fids, 1, cov=True)
+    return float(fid_inf), float(covariance[1, 1] ** 0.5)
+
+
+def compare(a, b, cfg, most=10_000):
+    """All metrics of two Stats, a the real one -> dict; what needs the features is left out for saved statistics.
+
+    KID, precision and recall look at up to `most` pictures a side: they cost n^2."""
+    same_network((a.name, a.features), (b.name, b.features))
+    out = dict(fid=distance(a.mu, a.root, b.mu, b.root), n=b.n, n_real=a.n, features=b.features, real=a.name,
+               fake=b.name)
+    shuffled = lambda s: s.x[torch.randperm(s.n, generator=torch.Generator().manual_seed(cfg.seed))]
+    if a.x is not None and a.n >= 4:                                       # the floor: two halves of the real set
+        out |= dict(floor=fid(*shuffled(a)[:a.n // 2 * 2].chunk(2)), floor_n=a.n // 2)
+    if a.x is not None and b.x is not None:
+        x, y = shuffled(a)[:most], shuffled(b)[:most]
+        out["kid"] = kid(x, y)
+        if min(len(x), len(y)) >= 20:
+            out["kid_error"] = kid_error(x, y)
+        if min(len(x), len(y)) > 3:
+            out["precision"], out["recall"] = precision_recall(x, y)
+    if cfg.extrapolate:
+        if b.x is None or b.n < 100:
+            raise UserError(f"--extrapolate needs at least 100 pictures of {b.name}, not its statistics")
+        out["fid_inf"], out["fid_inf_error"] = extrapolate(a, b, cfg.seed)
+    return out
+
+
+def report(r, d):
+    """Prints compare's dict; d, the number of features."""
+    if "kid" in r:
+        error = f" +- {r['kid_error']:.1g} (standard error over 10 blocks)" if "kid_error" in r else ""
+        print(f"KID {r['kid']:.4g}{error}")
+    if "precision" in r:
+        print(f"precision {r['precision']:.3f}  recall {r['recall']:.3f}  (k = 3)")
+    if "fid_inf" in r:
+        print(f"FID at infinite n {r['fid_inf']:.3g} +- {r['fid_inf_error']:.1g} (a line in 1/n through 1 .. 5 parts)")
+    n = min([k for k in (r["n"], r["n_real"]) if k], default=10_000)
+    if n < 10_000:
+        print(f"warning: n = {n:,} is small. FID is too high by about c/n (2048 features, equal sets: 4.6 at n = 1000, "
+              f"0.5 at 10,000):\n         compare at one n only, or use --extrapolate 1" +
+              (f"; n <= {d} makes the covariance singular too" if n <= d else ""))
+    print(line(r))
+
+
+# ---- what the roots cost, what the network costs -------------------------------------------------------------------
+
+def newton_schulz(a, iterations=25):
+    """Root of a (d, d) by products alone (Higham 2008, chapter 6): Y -> a^1/2, Z -> a^-1/2. Good on a GPU and for
+    autograd; slow to reach small eigenvalues, and an FID has thousands of them."""
+    norm, one = a.norm(), torch.eye(len(a), dtype=a.dtype)
+    y, z = a / norm, one
+    for _ in range(iterations):
+        t = (3 * one - z @ y) / 2
+        y, z = y @ t, t @ z
+    return y * norm.sqrt()
+
+
+def denman_beavers(a, iterations=20):
+    """Root by inverses (Denman & Beavers 1976): Y -> a^1/2, Z -> a^-1/2; quadratic in the end. Not for singular a."""
+    y, z = a, torch.eye(len(a), dtype=a.dtype)
+    for _ in range(iterations):
+        y, z = (y + torch.linalg.inv(z)) / 2, (z + torch.linalg.inv(y)) / 2
+    return y
+
+
+def symmetric_trace(s1, s2):
+    """The textbook form tr (S1^1/2 S2 S1^1/2)^1/2 by two eigendecompositions. Short, and right to 1e-6 or so."""
+    r = sqrtm(s1)
+    return torch.linalg.eigvalsh(r @ s2 @ r).clamp(min=0).sqrt().sum()
+
+
+def root_problem(d, n, seed=0):
+    """A pair of covariances whose root is known: factor F1 (d, n) of S1, map T, S1, S2 = T S1 T, FID.
+
+    T symmetric and positive definite: S1 S2 = (S1 T)^2, so tr (S1 S2)^1/2 = tr (S1 T) exactly."""
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    scale, w = torch.arange(1, d + 1, dtype=torch.float64)[:, None] ** -0.6, normal(d, d) / d ** 0.5
+    x = normal(n, d) @ (scale * normal(d, d) / d ** 0.5)
+    f1, T = ((x - x.mean(0)) / (n - 1) ** 0.5).T, torch.eye(d, dtype=torch.float64) + 0.2 * w @ w.T
+    s1, s2 = f1 @ f1.T, T @ f1 @ f1.T @ T
+    return f1, T, s1, (s2 + s2.T) / 2, (s1.trace() + s2.trace() - 2 * (s1 * T).sum()).item()
+
+
+def roots(d=2048, n=1000):
+    """Prints seconds and relative FID error of the ways to the root: at full rank (5 d samples), and singular (n)."""
+    cells, zero = {}, torch.zeros(d, dtype=torch.float64)
+    for m in (5 * d, n):
+        f1, T, s1, s2, exact = root_problem(d, m)
+        full, root1 = m > d, f1 if m <= d else factor(s1)
+        from_trace = lambda t: (s1.trace() + s2.trace() - 2 * t).item()
+        ways = {f"Newton-Schulz, {k} iterations": lambda k=k: from_trace(newton_schulz(s1 @ s2, k).trace())
+                for k in (15, 25, 40)}
+        ways |= {"Denman-Beavers, 20 iterations": lambda: from_trace(denman_beavers(s1 @ s2).trace()),
+                 "two eigendecompositions": lambda: from_trace(symmetric_trace(s1, s2)),
+                 "here, from two covariances": lambda: frechet_distance(zero, s1, zero, s2),
+                 "here, the real root kept": lambda: distance(zero, root1, zero, factor(s2)),
+                 "here, from features, n <= d": lambda: None if full else distance(zero, f1, zero, T @ f1)}
+        with contextlib.suppress(ImportError):
+            from scipy import linalg, __version__ as version
+            ways[f"scipy {version} sqrtm(s1 @ s2)"] = lambda: from_trace(np.trace(linalg.sqrtm((s1 @ s2).numpy())).real)
+        for name, way in ways.items():
+            start, value = time.perf_counter(), float("nan")
+            with contextlib.suppress(RuntimeError):                        # LAPACK: the inverse of a singular matrix
+                value = way()
+            cells.setdefault(name, []).append(f"{'-':>11}{'-':>11}" if value is None else
+                                              f"{time.perf_counter() - start:11.2f}{abs(value / exact - 1):11.1e}")
+    print(f"d = {d}, float64, {torch.get_num_threads()} threads; relative error of the FID; singular: n = {n}\n{'':32}"
+          f"{'full rank: s':>11}{'error':>10}{'singular: s':>11}{'error':>11}")
+    print("\n".join(f"{name:32}" + "".join(row) for name, row in cells.items()))
+
+
+def stand_in(seed=0):
+    """Inception state dict of random weights of sensible size: for timing where the published file is not at hand."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = Inception().state_dict()
+        for key, t in state.items():
+            if key.endswith("conv.weight"):
+                nn.init.kaiming_normal_(t)
+            elif key.endswith("running_mean"):
+                t.normal_(0, 0.3)
+    return state
+
+
+def speed(device, n=64, rounds=3):
+    """Prints images/s and feature errors of the plain, the folded channels_last and the bfloat16 network, in turns."""
+    file, plain = data.find(WEIGHTS), "plain: float32, NCHW, batch norm"
+    state = torch.load(file, weights_only=True) if file else stand_in()
+    nets = {plain: Inception(), "folded, channels_last": Inception().load_published(state),
+            "the same in bfloat16": Inception().load_published(state).to(torch.bfloat16)}
+    nets[plain].load_state_dict(dict(state))
+    images = torch.randint(0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    seconds, f = {k: [] for k in nets}, {}
+    for _ in range(rounds + 1):                                            # the first round warms up
+        for name, net in nets.items():
+            start = time.perf_counter()
+            f[name] = net.to(device).features(images)
+            seconds[name].append(time.perf_counter() - start)
+    best = {k: min(s[1:]) for k, s in seconds.items()}
+    for name in nets:
+        print(f"{name:34}{n / best[name]:8.1f} images/s  x {best[plain] / best[name]:.2f}  "
+              f"feature error {((f[name] - f[plain]).norm() / f[plain].norm()).item():.1e}")
+
+
+# ---- main ----------------------------------------------------------------------------------------------------------
+
+def check(cfg):
+    """What makes no sense ends here, in one line."""
+    if cfg.features not in ("inception", "classifier"):
+        raise UserError(f"--features {cfg.features} is unknown; inception or classifier")
+    if cfg.n < 0 or cfg.n == 1 or cfg.batch < 1:
+        raise UserError(f"--n {cfg.n} --batch {cfg.batch}: a covariance needs 2 pictures, a batch 1")
+    if cfg.bf16 and cfg.features != "inception":
+        raise UserError("--bf16 is for Inception; the classifier is fast as it is")
+    if not 1 <= len(cfg.sources) <= 2:
+        raise UserError(f"{len(cfg.sources)} sources; name two: python fid.py REAL GENERATED")
+    if len(cfg.sources) == 1 and not (cfg.save or is_run(cfg.sources[0])):
+        raise UserError(f"{cfg.sources[0]} against what? python fid.py REAL GENERATED, or --save FILE.npz")
 
 
 def main(argv=None):
     cfg, _ = data.arguments(Config, argv, positional="sources")
-    if tuple(cfg.sources) == ("roots",):
-        return roots()
-    if tuple(cfg.sources) == ("speed",):
-        return speed(data.device(cfg.device))
+    if tuple(cfg.sources) in (("roots",), ("speed",)):
+        return roots() if cfg.sources[0] == "roots" else speed(data.device(cfg.device))
     check(cfg)
     with contextlib.redirect_stdout(sys.stderr) if cfg.json else contextlib.nullcontext():
         stats = statistics(cfg)
         if cfg.save:
             save_stats(cfg.save, stats[0])
-            print(f"wrote {cfg.save}: statistics of {stats[0].name}, n = {stats[0].n}, {stats[0].features}")
-    if len(stats) == 2:
-        result = compare(*stats, cfg)
+            print(f"wrote {cfg.save}: {stats[0].features} statistics of {stats[0].name}, n = {stats[0].n:,}")
+        result = compare(*stats, cfg) if len(stats) == 2 else {}
+    if result:
         print(json.dumps(result)) if cfg.json else report(result, len(stats[0].mu))
 
 

@@ -80,7 +80,7 @@ PRESETS = {  # name -> fields that differ                                  what 
     "mlp": dict(net="mlp", h=128),                                       # fully connected, as Goodfellow 2014
     "emoji": EMOJI,                                                      # least squares (Mao 2017) on emojis
     "anime": ANIME,                                                      # DCGAN at 64 x 64
-    "wgan": dict(ANIME, loss="wgan", clip=.01, d_opt="rmsprop", d_steps=5),      # Arjovsky 2017, algorithm 1
+    "wgan": dict(ANIME, loss="wgan", clip=.01, d_opt="rmsprop", d_steps=5, steps=600),    # Arjovsky 2017, algorithm 1
     "text2img": dict(ANIME, cond="ac", classes=132),                     # hair and eye colour; ACGAN (Odena 2017)
     "mnist28": dict(net="mnist28", size=28, z=100, h=32, lr=2e-4, decay=0),
     "cwgan": dict(net="mnist28", size=28, z=100, h=32, data="fashion,digits", cond="planes", classes=10, loss="wgan",

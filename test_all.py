@@ -797,6 +797,36 @@ def test_kill_at_any_moment_and_go_on(home):
     assert all(torch.equal(a[k][n], b[k][n]) for k in ("G", "D") for n in a[k])
 
 
+def test_two_processes_building_one_cache_do_not_disturb_each_other():
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data, numpy as np; data.DOWNLOADS = data.Path('d');"
+            "build = lambda: (time.sleep(.5), (np.full((3, 1, 8, 8), 7, np.uint8), None))[1];"
+            "assert data.cached('k', build)[0].sum() == 3 * 64 * 7")
+    both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0] and [p.name for p in Path("d").rglob("*.*")] == ["k.npz"]
+
+
+def test_source_runs_on_python_3_10_and_imports_only_what_is_promised():
+    import ast
+    allowed = {"torch", "numpy", "PIL", "pytest", "gan", "data", "fid", "cyclegan", "biggan_interp", "scipy"} | set(sys.stdlib_module_names)
+    for f in ROOT.glob("*.py"):
+        tree = ast.parse(f.read_text(), feature_version=(3, 10))
+        names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert names <= allowed, (f, names - allowed)
+        assert "torch.load(" not in f.read_text().replace("weights_only=True", "") or "weights_only=True" in f.read_text()
+
+
+def test_makefile_and_readme_agree():
+    targets = set(re.findall(r"^([a-z0-9][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"make ([a-z0-9][\w-]*)", readme)) == targets | set() - {"help"} or targets - {"help"} <= set(
+        re.findall(r"make ([a-z0-9][\w-]*)", readme))
+    assert set(re.findall(r"`make ([a-z0-9][\w-]*)", readme)) <= targets
+    for path in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / path).exists(), path
+    assert "dcgan" in subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True).stdout
+
+
 def test_full_disk_is_one_line_and_keeps_the_checkpoint(home):
     run("dcgan", *TINY, "--steps", 5, "--out", "o/f", "--show", "interp")
     good = Path("o/f/last.pt").read_bytes()
