@@ -35,7 +35,7 @@ interp: $(VENV)  ## 2 min: walks between noise vectors, and beyond
 
 sweep-latent: $(VENV)  ## 10 min: z and h in {16, 100}: four DCGANs on one sheet (FULL=1: 30 min)
 	for z in 16 100; do for h in 16 100; do \
-	  $(PYTHON) gan.py dcgan --resume 1 --z $$z --h $$h --steps $(if $(FULL),5000,1200) --out out/latent$(FULL)/z$$z-h$$h $(ARGS); done; done
+	  $(PYTHON) gan.py dcgan --resume 1 --z $$z --h $$h --steps $(if $(FULL),5000,600) --out out/latent$(FULL)/z$$z-h$$h $(ARGS); done; done
 	$(PYTHON) data.py compare out/latent$(FULL)/z* --out out/sweep-latent$(FULL)
 
 emoji: $(VENV)  ## 15 min: least-squares GAN on emojis (cartoon faces without network)
@@ -59,24 +59,24 @@ cwgan: $(VENV)  ## 15 min: conditional WGAN with gradient penalty: clothes by cl
 # The sweeps run at 32 x 32 on drawn faces, whose 132 modes (12 hair x 11 eye colours) can be counted.
 SMALL = $(if $(FULL),,--net dcgan --size 32 --h 32 --data faces-a)
 sweep-stability: $(VENV)  ## 10 min: what stops mode collapse? plain, gradient penalty, spectral norm, half lr, 5 D steps
-	run() { $(PYTHON) gan.py emoji --data faces-b --resume 1 --steps $(if $(FULL),20000,800) --out out/stability$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
+	run() { $(PYTHON) gan.py emoji --data faces-b --resume 1 --steps $(if $(FULL),20000,500) --out out/stability$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
 	run 1-plain; run 2-gradient-penalty --gp 10; run 3-spectral-norm --sn 1; run 4-half-lr --lr 1.5e-4; run 5-d-steps-5 --d-steps 5
 	$(PYTHON) data.py compare out/stability$(FULL)/* --out out/sweep-stability$(FULL)
 
 tips: $(VENV)  ## 10 min: each training tip against its opposite: range, activation, optimiser, batch norm
-	run() { $(PYTHON) gan.py anime $(SMALL) --resume 1 --steps $(if $(FULL),5000,600) --out out/tips$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
+	run() { $(PYTHON) gan.py anime $(SMALL) --resume 1 --steps $(if $(FULL),5000,300) --out out/tips$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
 	run 1-base; run 2-raw-0-255 --raw 1; run 3-relu --act relu; run 4-selu --act selu; \
 	run 5-sgd --g-opt sgd --d-opt sgd --lr 2e-3; run 6-rmsprop --g-opt rmsprop --d-opt rmsprop --lr 5e-4; \
 	run 7-adam-and-sgd --d-opt sgd --d-lr 2e-3; run 8-no-bn-in-D --bn G; run 9-no-bn-in-G --bn D
 	$(PYTHON) data.py compare out/tips$(FULL)/* --out out/sweep-tips$(FULL)
 
 wgan-vs-dcgan: $(VENV)  ## 10 min: the same faces, steps and seconds, two losses
-	$(PYTHON) gan.py anime $(SMALL) --resume 1 --steps $(if $(FULL),5000,2500) --out out/loss$(FULL)/dcgan $(ARGS)
-	$(PYTHON) gan.py wgan $(SMALL) --resume 1 --steps $(if $(FULL),5000,800) --out out/loss$(FULL)/wgan $(ARGS)
+	$(PYTHON) gan.py anime $(SMALL) --resume 1 --steps $(if $(FULL),5000,1500) --out out/loss$(FULL)/dcgan $(ARGS)
+	$(PYTHON) gan.py wgan $(SMALL) --resume 1 --steps $(if $(FULL),5000,500) --out out/loss$(FULL)/wgan $(ARGS)
 	$(PYTHON) data.py compare out/loss$(FULL)/* --out out/wgan-vs-dcgan$(FULL)
 
 modes28: $(VENV)  ## 8 min: are the digits equally likely? 10,000 samples, and the course's 80
-	$(PYTHON) gan.py mnist28 --resume 1 --steps $(if $(FULL),20000,2500) --out out/modes28$(FULL)/mnist28 $(ARGS)
+	$(PYTHON) gan.py mnist28 --resume 1 --steps $(if $(FULL),20000,1500) --out out/modes28$(FULL)/mnist28 $(ARGS)
 	$(PYTHON) data.py compare out/modes28$(FULL)/* --out out/modes28$(FULL)-table
 
 # ---- fid.py, cyclegan.py, biggan_interp.py ----

@@ -20,13 +20,13 @@ from torch import nn
 
 import data
 import fid
-from data import UserError, to_float, to_uint8
+from data import UserError, to_float
 
 
 @dataclass
 class Run:
     classes: tuple = ()             # two classes to walk between, by name or index, instead of the built-in pairs
-    model: str = "auto"             # published (ImageNet), small (faces, trained here), auto: published if it can be had
+    model: str = "auto"             # published (ImageNet), small (faces, trained here), auto: the former if to be had
     size: int = 128                 # published model: 128, 256 or 512
     truncation: float = 0.5         # noise is cut at 2 and multiplied by this: lower is cleaner and less varied
     steps: int = 2000               # training steps of the small model; 0: only use one that is trained
@@ -39,7 +39,7 @@ class Run:
     overwrite: int = 0              # 1: replace the run in the folder
 
 
-# ---- the generator: BigGAN-deep (Brock 2019, appendix B) --------------------------------------------------------------
+# ---- the generator: BigGAN-deep (Brock 2019, appendix B) -----------------------------------------------------------
 
 BLOCKS = {  # picture size -> (upsample?, channels in, channels out) in multiples of the channel width
     32: [(1, 8, 8), (1, 8, 4), (1, 4, 2)],                                # ours, for a CPU
@@ -234,7 +234,7 @@ def truncated_noise(n, z_dim, truncation=1.0, seed=0):
     return truncation * torch.special.ndtri(low + u * (high - low)).float()
 
 
-# ---- the published weights --------------------------------------------------------------------------------------------
+# ---- the published weights -----------------------------------------------------------------------------------------
 
 S3 = "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-{}-pytorch_model.bin"
 MIRRORS = {128: ("https://huggingface.co/osanseviero/BigGAN-deep-128/resolve/main/pytorch_model.bin",
@@ -276,7 +276,7 @@ def load_published(path, config=Config()):
     return fold(G.requires_grad_(False))
 
 
-# ---- the small BigGAN: 132 classes of drawn faces ---------------------------------------------------------------------
+# ---- the small BigGAN: 132 classes of drawn faces ------------------------------------------------------------------
 
 SMALL = Config(size=32, z_dim=32, class_embed_dim=64, channel_width=16, num_classes=132, attention_layer_position=2)
 BATCH, LR, BETAS, EMA = 64, 1e-3, (0.0, 0.99), 0.999
@@ -335,10 +335,15 @@ def sampler(G_ema, rows=None):
     return fill_statistics(fold(G), rows)
 
 
+def pixels(x):
+    """[-1, 1] -> uint8 as the published code does: (x + 1) / 2 * 256, clipped and cut, where 127.5 would be rounded."""
+    return (x.float() + 1).mul(128).clamp(0, 255).byte()
+
+
 @torch.no_grad()
 def sample(G, z, y, truncation=1.0):
     """Images uint8 (N, 3, H, W) on the CPU for noise (N, z_dim), classes or embeddings (N, ...); by the hundred."""
-    return torch.cat([to_uint8(G(a, b, truncation)).cpu() for a, b in zip(z.split(100), y.split(100))])
+    return torch.cat([pixels(G(a, b, truncation)).cpu() for a, b in zip(z.split(100), y.split(100))])
 
 
 def train(cfg, images, labels, out, checkpoint, device):
@@ -392,10 +397,12 @@ def train(cfg, images, labels, out, checkpoint, device):
             torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - min(EMA, step / (step + 10)))
 
         if step % cfg.log_every == 0 or step in (1, cfg.steps):           # the only place that waits for the device
-            row = {"D": loss_D, "G": loss_G, "D(x)": real.mean(), "D(G(z))": fake.mean(), "|r|": G.embeddings.weight.norm(dim=0).mean()}
+            row = {"D": loss_D, "G": loss_G, "D(x)": real.mean(), "D(G(z))": fake.mean(),
+                   "|r|": G.embeddings.weight.norm(dim=0).mean()}
             row = dict(zip(row, torch.stack([v.detach() for v in row.values()]).tolist()))
             if not np.isfinite(list(row.values())).all():
-                raise UserError(f"a loss is not finite at step {step}; the last good checkpoint is {checkpoint}; try another --seed")
+                raise UserError(f"a loss is not finite at step {step}; the last good checkpoint is {checkpoint}; "
+                                "try another --seed")
             log.write(step, (step - marked) * BATCH / (time.monotonic() - mark), **row)
             mark, marked = time.monotonic(), step
         last = step == cfg.steps or bool(stop)
@@ -433,12 +440,12 @@ def small(cfg, out, device):
     return fold(G.requires_grad_(False)), log
 
 
-# ---- t-SNE (van der Maaten & Hinton 2008) -----------------------------------------------------------------------------
+# ---- t-SNE (van der Maaten & Hinton 2008) --------------------------------------------------------------------------
 
 def conditional(x, perplexity):
     """p_{j|i} = exp(-beta_i |x_i - x_j|^2) / sum_k (eq. 1, beta = 1 / 2 sigma^2), (n, d) -> (n, n) float64, diagonal 0.
 
-    beta_i by bisection, all rows at once, so that row i's perplexity 2^H = exp(H in nats) is the wanted one (sec. 2)."""
+    beta_i by bisection, all rows at once, until row i's perplexity 2^H = exp(H in nats) is the wanted one (sec. 2)."""
     n, x = len(x), x.double()
     if not 1 < perplexity < n - 1:
         raise ValueError(f"perplexity {perplexity} is not between 1 and n - 1 = {n - 1}")
@@ -504,12 +511,12 @@ def tsne(x, perplexity=30.0, seed=0, steps=1000):
     return y - y.mean(0)
 
 
-# ---- classes and their names ------------------------------------------------------------------------------------------
+# ---- classes and their names ---------------------------------------------------------------------------------------
 
 NAMES_URL = "https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/master/imagenet-simple-labels.json"
 COURSE = {282: "tiger cat", 283: "Persian cat", 181: "Bedlington terrier", 184: "Irish terrier", 837: "sunglasses",
           1: "goldfish", 826: "stopwatch", 2: "great white shark"}
-PAIRS = [(282, 283), (181, 184), (837, 1), (826, 2)]                      # two good ones and two bad ones, says the course
+PAIRS = [(282, 283), (181, 184), (837, 1), (826, 2)]                      # says the course: two good ones, two bad ones
 FACE_PAIRS = [("blue hair green eyes", "aqua hair green eyes"), ("red hair blue eyes", "red hair yellow eyes"),
               ("black hair red eyes", "white hair aqua eyes"), ("blonde hair purple eyes", "green hair brown eyes")]
 GROUPS = [(0, "fish"), (7, "bird"), (25, "reptile, frog"), (69, "insect, spider"), (80, "bird"), (101, "other mammal"),
@@ -529,7 +536,7 @@ def imagenet_names():
         print("names    the list of ImageNet names cannot be had: eight names and numbers instead")
         names = [f"class {i}" for i in range(1000)]
     except (ValueError, TypeError):
-        raise UserError(f"{data.find('imagenet-simple-labels.json')} is no list of 1000 names; delete it and run again") from None
+        raise UserError(f"{data.find('imagenet-simple-labels.json')} is no list of 1000 names; delete it") from None
     names = [COURSE.get(i, n) for i, n in enumerate(names)]
     return [f"{n} ({i})" if i not in COURSE and names.count(n) > 1 else n for i, n in enumerate(names)]
 
@@ -549,7 +556,7 @@ def class_index(word, names):
                     f"; give a name or an index from 0 to {len(names) - 1}")
 
 
-# ---- walks ------------------------------------------------------------------------------------------------------------
+# ---- walks ---------------------------------------------------------------------------------------------------------
 
 def between(r1, r2, alphas):
     """r = alpha r1 + (1 - alpha) r2: (d,), (d,) -> (len(alphas), d). Exactly r1 at alpha = 1, r2 at 0."""
@@ -566,10 +573,10 @@ def row(G, z, r, truncation):
 
 
 def smoothness(x, features=None):
-    """A row uint8 (k, 3, H, W) -> mean step in pixels (0..255), largest over mean step, mean step in feature distance."""
-    steps = (x[1:].float() - x[:-1].float()).abs().mean((1, 2, 3))
-    f = 0.0 if features is None else (lambda h: (h[1:] - h[:-1]).norm(dim=1).mean().item())(features(x))
-    return steps.mean().item(), (steps.max() / steps.mean().clamp(min=1e-9)).item(), f
+    """A row uint8 (k, 3, H, W) -> [mean step in pixels (0..255), largest / mean step, mean step of the features]."""
+    steps = x.float().diff(dim=0).abs().mean((1, 2, 3))
+    out = [steps.mean().item(), (steps.max() / steps.mean().clamp(min=1e-9)).item()]
+    return out + ([features(x).diff(dim=0).norm(dim=1).mean().item()] if features else [])
 
 
 def cosine_distances(r):
@@ -579,7 +586,7 @@ def cosine_distances(r):
 
 
 def extreme_pairs(distance, count, farthest=False):
-    """The `count` nearest (or farthest) pairs i < j, every class in at most one pair so that the table shows variety."""
+    """The `count` nearest (or farthest) pairs i < j, every class in at most one pair, for the sake of variety."""
     n, out, used = len(distance), [], set()
     i, j = torch.triu_indices(n, n, 1)
     for k in distance[i, j].argsort(descending=farthest).tolist():
@@ -598,7 +605,7 @@ def spearman(a, b):
     return torch.nan_to_num(torch.corrcoef(torch.stack([rank(a), rank(b)]))[0, 1]).item()
 
 
-# ---- pictures and numbers ---------------------------------------------------------------------------------------------
+# ---- pictures and numbers ------------------------------------------------------------------------------------------
 
 ALPHAS = [1 - k / 10 for k in range(11)]                                  # from class 1 to class 2
 
@@ -620,9 +627,11 @@ def latent_sheet(G, classes, names, truncation, seed, path):
 
 def truncation_sheet(G, classes, names, seed, path):
     """One noise vector, multiplied by a growing truncation: from the mean picture of a class to its variety."""
-    strip, base = [k / 10 for k in range(1, 11)], truncated_noise(1, G.config.z_dim, 1.0, seed).to(G.embeddings.weight.device)
-    rows = [torch.cat([row(G, t * base, G.embed(i)[None], t) for t in strip]) for i in classes]
-    return data.sheet(rows, path, [names[i] for i in classes], [f"{t:.1f}" for t in strip], "truncation of one noise vector")
+    strip = [k / 10 for k in range(1, 11)]
+    z = truncated_noise(1, G.config.z_dim, 1.0, seed).to(G.embeddings.weight.device)
+    rows = [torch.cat([row(G, t * z, G.embed(i)[None], t) for t in strip]) for i in classes]
+    return data.sheet(rows, path, [names[i] for i in classes], [f"{t:.1f}" for t in strip],
+                      "truncation of one noise vector")
 
 
 def are_near_pairs_smoother(G, distance, net, truncation, seed, count=24):
@@ -635,7 +644,7 @@ def are_near_pairs_smoother(G, distance, net, truncation, seed, count=24):
     return [spearman(d, list(v)) for v in zip(*[smoothness(x, net and net.features) for x in rows])]
 
 
-def map_sheet(G, names, groups, group_names, colours, words, links, perplexity, seed, path):
+def map_sheet(G, groups, group_names, colours, words, links, perplexity, seed, path):
     """t-SNE of the class embeddings. Returns the KL divergence and how often the nearest point is of the same group."""
     r = G.embeddings.weight.T.float().cpu()
     start = time.monotonic()
@@ -643,9 +652,10 @@ def map_sheet(G, names, groups, group_names, colours, words, links, perplexity, 
     divergence, seconds = kl(affinities(r, perplexity), y).item(), time.monotonic() - start
     nearest = torch.cdist(y, y).fill_diagonal_(math.inf).argmin(1)
     same = (groups[nearest] == groups).double().mean().item()
-    data.scatter(path, y.numpy(), groups.tolist(), group_names, words, links, f"t-SNE of {len(r)} class embeddings: perplexity "
-                 f"{perplexity:g}, KL {divergence:.3f}, nearest point of the same group {100 * same:.0f}%", colours)
-    print(f"t-SNE    {len(r)} x {r.shape[1]} in {seconds:.1f} s, KL {divergence:.3f}; nearest point of the same group: {100 * same:.0f}%")
+    data.scatter(path, y.numpy(), groups.tolist(), group_names, words, links, f"t-SNE of {len(r)} class embeddings: "
+                 f"perplexity {perplexity:g}, KL {divergence:.3f}", colours)
+    print(f"t-SNE    {len(r)} x {r.shape[1]} in {seconds:.1f} s, KL {divergence:.3f}; nearest point of the same group: "
+          f"{100 * same:.0f}%")
     return {"t-SNE KL": divergence, "same group": same}
 
 
@@ -660,68 +670,77 @@ def attribute_metrics(G, net, device, per_class=20, seed=1):
     x = sample(G, truncated_noise(len(y), G.config.z_dim, 1.0, seed).to(device), y)
     hair, eyes = ((a == b).double().mean().item() for a, b in zip(net.attributes(x), (y.cpu() // 11, y.cpu() % 11)))
     images, test = data.load("faces-a", 32)[0], data.load("faces-a", 32, "test")[0]
-    print(f"hair     {100 * hair:.1f}% as asked, eyes {100 * eyes:.1f}% (n = {len(x)}; the classifier on real test images: "
-          f"{' / '.join(f'{100 * a:.1f}%' for a in net.accuracy)})")
+    print(f"hair     {100 * hair:.1f}% as asked, eyes {100 * eyes:.1f}% (n = {len(x)}; the classifier on real test "
+          f"images: {' / '.join(f'{100 * a:.1f}%' for a in net.accuracy)})")
     return {"hair accuracy": hair, "eyes accuracy": eyes, **fid.score(net, images, x, test)}
+
+
+def pairs_report(cfg, G, names, pairs, net, out, device):
+    """Walks of the asked, nearest and farthest pairs as two sheets and a table; whether near pairs are smoother."""
+    z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
+    distance = cosine_distances(G.embeddings.weight.T.cpu())
+    near, far = extreme_pairs(distance, 4), extreme_pairs(distance, 4, farthest=True)
+    text = f"r = alpha r1 + (1 - alpha) r2 at fixed z, truncation {cfg.truncation:g}"
+    steps = walk_sheet(G, pairs, names, z, cfg.truncation, out / "interpolation.png", text, net)
+    steps += walk_sheet(G, near + far, names, z, cfg.truncation, out / "pairs.png", f"near and far pairs; {text}", net)
+    feature = f" {net.name} step |" if net else ""
+    print(f"\n| pair | cosine distance | mean step (pixels, 0..255) | largest / mean |{feature}")
+    print("|---" * (5 if net else 4) + "|")
+    for label, (i, j), v in zip(["asked"] * len(pairs) + ["near"] * 4 + ["far"] * 4, [*pairs, *near, *far], steps):
+        print(f"| {label}: {names[i]} > {names[j]} | {distance[i, j]:.3f} | {' | '.join(f'{a:.2f}' for a in v)} |")
+    c = are_near_pairs_smoother(G, distance, net, cfg.truncation, cfg.seed)
+    print(f"\nnear     are near classes better to walk between? Rank correlation with the distance, 24 random pairs: "
+          f"pixel step {c[0]:+.2f}, unevenness {c[1]:+.2f}" + (f", feature step {c[2]:+.2f}" if net else ""))
+    return {f"distance ~ {k}": v for k, v in zip(("pixel step", "unevenness", "feature step"), c)}
 
 
 def evaluate(cfg, G, kind, names, pairs, log, out, device):
     """All pictures, the table of pairs, result.json."""
-    z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
+    asked = list(dict.fromkeys(i for pair in pairs for i in pair))
     if kind == "small":
         net, groups, group_names = fid.classifier("faces-a", 32, device), torch.arange(132) // 11, data.HAIR
         colours, perplexity = [data.RGB[h] for h in data.HAIR], 10.0
-        words = {i: data.EYES[i % 11] for i in range(132) if i % 4 == 0}
+        words = {i: data.EYES[i % 11] for i in [*asked, *range(0, 132, 4)]}
     else:
         net = fid.inception(device) if data.find(fid.WEIGHTS) else None
         group_names = list(dict.fromkeys(g for _, g in GROUPS))
         groups = torch.tensor([group_names.index(imagenet_group(i)) for i in range(1000)])
         colours, perplexity = data.COLOURS, 30.0
-        words = {i: names[i] for i in [*COURSE, *range(9, 1000, 22)]}
-    distance = cosine_distances(G.embeddings.weight.T.cpu())
-    wrote = [out / f for f in ("interpolation.png", "pairs.png", "noise.png", "truncation.png", "tsne.png")]
-    result = map_sheet(G, names, groups, group_names, colours, words, pairs, perplexity, cfg.seed, wrote[4])
-    near, far = extreme_pairs(distance, 4), extreme_pairs(distance, 4, farthest=True)
-    text = f"r = alpha r1 + (1 - alpha) r2 at fixed z, truncation {cfg.truncation:g}"
-    steps = walk_sheet(G, pairs, names, z, cfg.truncation, wrote[0], text, net)
-    steps += walk_sheet(G, near + far, names, z, cfg.truncation, wrote[1], f"four nearest and four farthest pairs; {text}", net)
-    print("\n| pair | cosine distance | mean step (pixels, 0..255) | largest / mean step | mean step (features) |\n|---|---|---|---|---|")
-    for kind_of_pair, (i, j), (pixel, uneven, feature) in zip(["asked"] * len(pairs) + ["near"] * 4 + ["far"] * 4,
-                                                             [*pairs, *near, *far], steps):
-        print(f"| {kind_of_pair}: {names[i]} > {names[j]} | {distance[i, j]:.3f} | {pixel:.2f} | {uneven:.2f} | {feature:.2f} |")
-    c = are_near_pairs_smoother(G, distance, net, cfg.truncation, cfg.seed)
-    print(f"\nnear     are near classes better to walk between? Rank correlation with the distance over 24 random pairs: pixel step "
-          f"{c[0]:+.2f}, unevenness {c[1]:+.2f}" + (f", feature step {c[2]:+.2f}" if net else ""))
-    result |= {"distance ~ pixel step": c[0], "distance ~ unevenness": c[1], "distance ~ feature step": c[2]}
-    some = list(dict.fromkeys(i for pair in pairs for i in pair))[:4]
-    latent_sheet(G, some, names, cfg.truncation, cfg.seed, wrote[2])
-    truncation_sheet(G, some, names, cfg.seed, wrote[3])
+        words = {i: names[i] for i in [*asked, *COURSE, *range(9, 1000, 22)]}
+    result = map_sheet(G, groups, group_names, colours, words, pairs, perplexity, cfg.seed, out / "tsne.png")
+    result |= pairs_report(cfg, G, names, pairs, net, out, device)
+    latent_sheet(G, asked[:4], names, cfg.truncation, cfg.seed, out / "noise.png")
+    truncation_sheet(G, asked[:4], names, cfg.seed, out / "truncation.png")
+    wrote = [out / f"{f}.png" for f in ("interpolation", "pairs", "noise", "truncation", "tsne")]
+    count = {"G": sum(p.numel() for p in G.parameters())}
     if kind == "small":
-        y = torch.arange(132, device=device)
-        x = sample(G, truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).expand(132, -1).to(device), y)
-        wrote.append(data.sheet(list(x.split(11)), out / "classes.png", data.HAIR, data.EYES, "hair x eyes, one z"))
+        z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).expand(132, -1).to(device)
+        x = sample(G, z, torch.arange(132, device=device), cfg.truncation)
+        wrote.append(data.sheet(x.split(11), out / "classes.png", data.HAIR, data.EYES, "hair (rows) x eyes, one z"))
         result |= attribute_metrics(G, net, device)
+        count["D"] = sum(p.numel() for p in Discriminator(SMALL.num_classes).parameters())
     if log:
         wrote += [data.curves(out / "curves.png", log.table, [("losses", ["D", "G"]), ("logits", ["D(x)", "D(G(z))"]),
                                                              ("mean length of a class embedding", ["|r|"])]),
                   data.gif(out / "training.gif", sorted(out.glob("[0-9]*.png")))]
     data.write_json(out / "result.json", dict(
-        command="python " + " ".join(sys.argv), model=kind, config=dataclasses.asdict(cfg), network=dataclasses.asdict(G.config),
-        device=str(device), versions=data.versions(), step=cfg.steps, seconds=log.seconds if log else 0.0,
-        parameters=dict(G=sum(p.numel() for p in G.parameters())), metrics=result))
+        command="python " + " ".join(sys.argv), model=kind, config=dataclasses.asdict(cfg),
+        network=dataclasses.asdict(G.config), device=str(device), versions=data.versions(), step=cfg.steps,
+        seconds=log.seconds if log else 0.0, parameters=count, metrics=result))
     print("wrote    " + " ".join(str(p) for p in [*wrote, out / "result.json"]))
     if kind == "small":
-        print(f"{fid.line(result)}; attributes as asked: hair {100 * result['hair accuracy']:.1f}%, eyes {100 * result['eyes accuracy']:.1f}%")
+        print(f"{fid.line(result)}; attributes as asked: hair {100 * result['hair accuracy']:.1f}%, "
+              f"eyes {100 * result['eyes accuracy']:.1f}%")
 
 
-# ---- main -------------------------------------------------------------------------------------------------------------
+# ---- main ----------------------------------------------------------------------------------------------------------
 
 def check(cfg):
     """What makes no sense ends here, in one line."""
     if cfg.model not in ("auto", "published", "small"):
         raise UserError(f"--model {cfg.model} is unknown; auto, published or small")
     if cfg.size not in MEGABYTES:
-        raise UserError(f"--size {cfg.size} is not published; {', '.join(map(str, MEGABYTES))} (the small model makes 32)")
+        raise UserError(f"--size {cfg.size} is not published; 128, 256 or 512 (the small model always makes 32)")
     if not 0 < cfg.truncation <= 1:
         raise UserError(f"--truncation {cfg.truncation:g} is not above 0 and at most 1")
     if len(cfg.classes) not in (0, 2):
@@ -748,8 +767,9 @@ def choose_model(cfg):
 def main(argv=None):
     cfg, changes = data.arguments(Run, argv)
     check(cfg)
-    tail = "".join(f"-{k}{'+'.join(v) if isinstance(v, list) else v}".replace("/", "_").replace(" ", "_")
-                   for k, v in changes.items() if k not in ("device", "out", "resume", "overwrite", "log_every", "sample_every"))
+    named = {k: "+".join(v) if k == "classes" else v for k, v in changes.items()
+             if k in ("classes", "model", "size", "truncation", "steps", "seed")}
+    tail = "".join(f"-{k}{v}" for k, v in named.items()).replace("/", "_").replace(" ", "_")
     device = data.device(cfg.device)
     path = choose_model(cfg)
     names = imagenet_names() if path else data.FACES
@@ -758,7 +778,8 @@ def main(argv=None):
     G, log = (load_published(path, Config(size=cfg.size)).to(device), None) if path else (None, None)
     out = data.open_run(cfg.out or f"out/biggan{tail}", cfg.resume, cfg.overwrite)
     v = data.versions()
-    print(f"run      {out}  device {device} {v['gpu']} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}", flush=True)
+    print(f"run      {out}  device {device} {v['gpu']} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}",
+          flush=True)
     if not path:
         G, log = small(cfg, out, device)
     evaluate(cfg, G, "published" if path else "small", names, pairs, log, out, device)

@@ -184,19 +184,24 @@ class CycleGAN(nn.Module):
 
 # ---- UNIT: two encoders, two decoders, one latent space ------------------------------------------------------------
 
+def leaky(i, o, k, stride):
+    """Convolution with bias and LeakyReLU. No norm outside the residual branches: it would wash out the colours."""
+    return [nn.Conv2d(i, o, k, stride, k // 2), nn.LeakyReLU()]
+
+
 class Encoder(nn.Sequential):
     """(N, 3, S, S) -> (N, 64, S/4, S/4): what one style's encoder has for itself."""
 
     def __init__(self):
-        norm = nn.InstanceNorm2d
-        super().__init__(*conv(3, 32, 5, 2, 2, norm), *conv(32, 64, 5, 2, 2, norm), ResBlock(64))
+        super().__init__(*leaky(3, 32, 5, 2), *leaky(32, 64, 5, 2), ResBlock(64))
 
 
 class Decoder(nn.Sequential):
     """(N, 64, S/4, S/4) -> (N, 3, S, S) in [-1, 1]: what one style's decoder has for itself."""
 
     def __init__(self):
-        super().__init__(ResBlock(64), *upconv(64, 32, nn.InstanceNorm2d), *upconv(32, 3, None, nn.Tanh))
+        super().__init__(ResBlock(64), nn.Upsample(scale_factor=2), *leaky(64, 32, 5, 1),
+                         nn.Upsample(scale_factor=2), nn.Conv2d(32, 3, 5, 1, 2), nn.Tanh())
 
 
 class UNIT(nn.Module):
@@ -362,7 +367,7 @@ def paired(a, b):
     return {a.name, b.name} == set(STYLES["faces"])
 
 
-def sample_sheet(G, a, b, path, title, n=12):
+def sample_sheet(G, a, b, path, title, n=10):
     """Rows input / translation / cycle of the first test pictures, both ways; UNIT's reconstruction; the true answer."""
     rows, left, device = [], [], next(G.parameters()).device
     for x, y, way in ((a, b, "ab"), (b, a, "ba")):

@@ -80,14 +80,20 @@ def factor(sigma):
 
 
 def nuclear_norm(g):
-    """Sum of the singular values; for large g by the eigenvalues of its Gram matrix, which takes half the time.
-
-    But there rounding turns a singular value of 0 into 1e-8 of the largest, so g near singular goes the long way."""
+    """Sum of the singular values; for large g by the eigenvalues of its Gram matrix, which takes half the time."""
     if min(g.shape) > 1024:
         w = torch.linalg.eigvalsh(g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g)
-        if w[0] > 1e-14 * w[-1]:
+        if w[0] > 1e-14 * w[-1]:                                           # else a 0 would count as 1e-8 of the largest
             return w.sqrt().sum()
     return torch.linalg.svdvals(g).sum()
+
+
+def trace_root(f, sigma):
+    """tr (S1 S2)^1/2 from a factor of S1 (d, r) and S2 itself (d, d): the eigenvalues of F1^T S2 F1 = G G^T."""
+    w = torch.linalg.eigvalsh(f.T @ sigma @ f)
+    if len(w) and w[0] > 1e-14 * w[-1]:
+        return w.sqrt().sum()
+    return nuclear_norm(f.T @ factor(sigma))                               # the null space of S2 has to go as well
 
 
 def distance(mu1, f1, mu2, f2):
@@ -100,7 +106,8 @@ def distance(mu1, f1, mu2, f2):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians: means (d,), covariances (d, d), singular ones too -> float."""
-    return distance(float64(mu1), factor(float64(sigma1)), float64(mu2), factor(float64(sigma2)))
+    mu1, s1, mu2, s2 = (float64(t) for t in (mu1, sigma1, mu2, sigma2))
+    return max(0.0, ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * trace_root(factor(s1), s2)).item())
 
 
 def gaussian(x, rows=4096):
@@ -128,16 +135,17 @@ def kid(real, fake, rows=256):
     """Kernel distance (Binkowski 2018): MMD^2 of features (N, d), (M, d) under k(x, y) = (x.y / d + 1)^3 -> float.
 
     All samples, unbiased (Gretton 2012, eq. 3: without the pairs (x, x)), so about 0, or below, for equal sets."""
-    def mean_kernel(a, b, same):
+    def total(a, b):                                                       # sum of k over all pairs
         blocks = ((c @ b.T).div_(b.shape[1]).add_(1) for c in a.split(rows))
-        k = sum(block.square().mul_(block).sum() for block in blocks)
-        if not same:
-            return k / (len(a) * len(b))
-        return (k - ((a.square().sum(1) / a.shape[1] + 1) ** 3).sum()) / (len(a) * (len(a) - 1))
+        return sum(block.square().mul_(block).sum() for block in blocks)
+
+    def within(a):
+        diagonal = ((a.square().sum(1) / a.shape[1] + 1) ** 3).sum()
+        return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
     x, y = float64(real), float64(fake)
     if min(len(x), len(y)) < 2:
         raise UserError(f"KID needs at least 2 pictures a side, here {len(x)} and {len(y)}")
-    return (mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y, False)).item()
+    return (within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))).item()
 
 
 def kid_error(real, fake, blocks=10):
@@ -146,21 +154,14 @@ def kid_error(real, fake, blocks=10):
     return (k.std() / blocks ** 0.5).item()
 
 
-def distances(a, b, rows=256):
-    """Squared Euclidean distances of a (N, d) and b (M, d), yielded in blocks of rows: (first row, (<= rows, M))."""
-    b2 = b.square().sum(1)
-    for i in range(0, len(a), rows):
-        c = a[i:i + rows]
-        yield i, (c @ b.T).mul_(-2).add_(b2).add_(c.square().sum(1, keepdim=True)).clamp_(min=0)
+def radii(a, k, rows=256):
+    """Distance of each sample to its k-th nearest neighbour in the same set: (N, d) -> (N,). It is its own 0-th."""
+    return torch.cat([torch.cdist(c, a).topk(k + 1, largest=False).values[:, -1] for c in a.split(rows)])
 
 
-def radii(a, k):
-    """Squared distance of each sample to its k-th nearest neighbour in the same set: (N, d) -> (N,)."""
-    out = []
-    for i, block in distances(a, a):
-        block.diagonal(i).fill_(float("inf"))                              # a sample is no neighbour of itself
-        out.append(block.topk(k, largest=False).values[:, -1])
-    return torch.cat(out)
+def covered(a, r, b, rows=256):
+    """Share of the b (M, d) that lie within r[i] of some a[i]: (N, d), (N,)."""
+    return torch.cat([(torch.cdist(c, a) <= r).any(1) for c in b.split(rows)]).double().mean().item()
 
 
 def precision_recall(real, fake, k=3):
@@ -170,13 +171,7 @@ def precision_recall(real, fake, k=3):
     x, y = float64(real), float64(fake)
     if min(len(x), len(y)) <= k:
         raise UserError(f"precision with k = {k} needs more than {k} pictures a side, here {len(x)} and {len(y)}")
-    x, y = x - x.mean(0), y - x.mean(0)                                    # smaller numbers, less rounding
-    rx, ry = radii(x, k), radii(y, k)
-    near_real, near_fake = torch.zeros(len(y), dtype=torch.bool, device=y.device), []
-    for i, block in distances(x, y):                                       # rows real, columns fake
-        near_real |= (block <= rx[i:i + len(block), None]).any(0)
-        near_fake.append((block <= ry).any(1))
-    return near_real.double().mean().item(), torch.cat(near_fake).double().mean().item()
+    return covered(x, radii(x, k), y), covered(y, radii(y, k), x)
 
 
 # ---- classifier: features without a download -----------------------------------------------------------------------
@@ -511,10 +506,11 @@ def score(net, real, fake, other_real):
 
 def line(s):
     """`FID 12.3 (classifier-mnist-32, n = 10000, real-vs-real floor 0.4)` from score's dict: never a bare FID."""
-    n = s["n"] if s["n_real"] in (s["n"], 0) else f"{s['n_real']} real, {s['n']}"
+    n, n_real = (s[k] or "unknown" for k in ("n", "n_real"))
+    n = n if n == n_real else f"{n_real} real, {n}"
     floor = f", real-vs-real floor {s['floor']:.2g}" if "floor" in s else ""
     at = f" at n = {s['floor_n']}" if floor and s["floor_n"] != s["n"] else ""
-    return f"FID {s['fid']:.3g} ({s['features']}, n = {n or 'unknown'}{floor}{at})"
+    return f"FID {s['fid']:.3g} ({s['features']}, n = {n}{floor}{at})"
 
 
 # ---- statistics: what is known of one side -------------------------------------------------------------------------
@@ -553,12 +549,6 @@ def load_stats(path):
         raise UserError(f"{path} holds no finite mean (d,) and covariance (d, d): {shapes}; write it again with --save")
     root = float64(held["root"]) if "root" in held else factor(float64(held["sigma"]))
     return Stats(str(path), str(held.get("features", "inception")), int(held.get("n", 0)), float64(held["mu"]), root)
-
-
-def same_network(a, b):
-    """UserError unless both (name, features) were seen by one network."""
-    if a[1] != b[1]:
-        raise UserError(f"{a[0]} holds {a[1]} features, {b[0]} {b[1]}: measure both with one network")
 
 
 # ---- sources: folders, data sets, runs -----------------------------------------------------------------------------
@@ -627,9 +617,9 @@ def is_run(word):
 
 def from_run(path, wanted):
     """Samples of a run of gan.py: its samples.npy; where that is missing, short or older than last.pt, gan.py draws."""
-    folder = path if path.is_dir() else path.parent
-    samples, last, kind = folder / "samples.npy", folder / "last.pt", ""
-    if last.exists() or not samples.exists():
+    folder, last = (path, path / "last.pt") if path.is_dir() else (path.parent, path)
+    samples, kind = folder / "samples.npy", ""
+    if last.exists() or last == path or not samples.exists():
         config = data.load_checkpoint(last).get("config", {})
         if "preset" not in config:
             raise UserError(f"{last} is none of gan.py's; put samples beside it: {samples}, uint8 N x H x W x C")
@@ -708,8 +698,8 @@ def statistics(cfg):
                         "; convert one of them")
     if opened:
         net = network(cfg, [opened[w] for w in words if w in opened])
-        for s in stats.values():
-            same_network((s.name, s.features), ("the other side", net.name))
+        if other := [s for s in stats.values() if s.features != net.name]:
+            raise UserError(f"{other[0].name} holds {other[0].features} features, not {net.name}: measure it again")
         stats |= {word: measure(source, net, cfg) for word, source in opened.items()}
     return [stats[w] for w in words]
 
@@ -734,7 +724,8 @@ def compare(a, b, cfg, most=10_000):
     """All metrics of two Stats, a the real one -> dict; what needs the features is left out for saved statistics.
 
     KID, precision and recall look at up to `most` pictures a side: they cost n^2."""
-    same_network((a.name, a.features), (b.name, b.features))
+    if a.features != b.features:
+        raise UserError(f"{a.name} holds {a.features} features, {b.name} {b.features}: measure both with one network")
     out = dict(fid=distance(a.mu, a.root, b.mu, b.root), n=b.n, n_real=a.n, features=b.features, real=a.name,
                fake=b.name)
     shuffled = lambda s: s.x[torch.randperm(s.n, generator=torch.Generator().manual_seed(cfg.seed))]
@@ -804,8 +795,7 @@ def root_problem(d, n, seed=0):
     T symmetric and positive definite: S1 S2 = (S1 T)^2, so tr (S1 S2)^1/2 = tr (S1 T) exactly."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    scale, w = torch.arange(1, d + 1, dtype=torch.float64)[:, None] ** -0.6, normal(d, d) / d ** 0.5
-    x = normal(n, d) @ (scale * normal(d, d) / d ** 0.5)
+    x, w = normal(n, d) * torch.arange(1, d + 1) ** -0.8, normal(d, d) / d ** 0.5     # variances 1 .. d^-1.6
     f1, T = ((x - x.mean(0)) / (n - 1) ** 0.5).T, torch.eye(d, dtype=torch.float64) + 0.2 * w @ w.T
     s1, s2 = f1 @ f1.T, T @ f1 @ f1.T @ T
     return f1, T, s1, (s2 + s2.T) / 2, (s1.trace() + s2.trace() - 2 * (s1 * T).sum()).item()
@@ -819,11 +809,11 @@ def roots(d=2048, n=1000):
         full, root1 = m > d, f1 if m <= d else factor(s1)
         from_trace = lambda t: (s1.trace() + s2.trace() - 2 * t).item()
         ways = {f"Newton-Schulz, {k} iterations": lambda k=k: from_trace(newton_schulz(s1 @ s2, k).trace())
-                for k in (15, 25, 40)}
+                for k in (25, 40)}
         ways |= {"Denman-Beavers, 20 iterations": lambda: from_trace(denman_beavers(s1 @ s2).trace()),
                  "two eigendecompositions": lambda: from_trace(symmetric_trace(s1, s2)),
                  "here, from two covariances": lambda: frechet_distance(zero, s1, zero, s2),
-                 "here, the real root kept": lambda: distance(zero, root1, zero, factor(s2)),
+                 "here, the real root kept": lambda: from_trace(trace_root(root1, s2)),
                  "here, from features, n <= d": lambda: None if full else distance(zero, f1, zero, T @ f1)}
         with contextlib.suppress(ImportError):
             from scipy import linalg, __version__ as version
@@ -833,9 +823,9 @@ def roots(d=2048, n=1000):
             with contextlib.suppress(RuntimeError):                        # LAPACK: the inverse of a singular matrix
                 value = way()
             cells.setdefault(name, []).append(f"{'-':>11}{'-':>11}" if value is None else
-                                              f"{time.perf_counter() - start:11.2f}{abs(value / exact - 1):11.1e}")
-    print(f"d = {d}, float64, {torch.get_num_threads()} threads; relative error of the FID; singular: n = {n}\n{'':32}"
-          f"{'full rank: s':>11}{'error':>10}{'singular: s':>11}{'error':>11}")
+                                              f"{time.perf_counter() - start:9.2f} s{abs(value / exact - 1):11.1e}")
+    print(f"d = {d}, float64, {torch.get_num_threads()} threads; relative error of the FID\n{'':32}"
+          f"{'full rank':>11}{'error':>11}{f'n = {n}':>11}{'error':>11}")
     print("\n".join(f"{name:32}" + "".join(row) for name, row in cells.items()))
 
 

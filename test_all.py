@@ -578,6 +578,11 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if kind == "hang":
             time.sleep(3)
+        if kind == "drip":
+            with contextlib.suppress(OSError):
+                for i in range(0, len(raw), 5000):
+                    self.wfile.write(raw[i:i + 5000]), time.sleep(.3)
+            return
         self.wfile.write(raw[:5000] if kind == "cut" else raw)
 
     def log_message(self, *_):
@@ -770,31 +775,55 @@ def test_same_seed_same_result_and_two_seeds_differ(home):
     assert Path("o/a/000005.png").read_bytes() == Path("o/b/000005.png").read_bytes() != Path("o/c/000005.png").read_bytes()
 
 
-def test_kill_at_any_moment_and_go_on(home):
-    """SIGKILL at random moments; the same command again ends in the networks of an undisturbed run, bit for bit."""
-    words = [sys.executable, str(ROOT / "gan.py"), "dcgan", *map(str, TINY), "--steps", "60", "--resume", "1", "--show", "interp"]
-    subprocess.run([*words, "--out", "whole"], check=True, capture_output=True)
-    r, kills, wanted = random.Random(1), 0, int(os.environ.get("KILLS", 4))
-    while True:
-        p = subprocess.Popen([*words, "--out", "cut"], stdout=subprocess.DEVNULL)
-        wait = time.monotonic() + r.uniform(1.5, 5)
-        while p.poll() is None and time.monotonic() < wait:
-            time.sleep(.02)
-        if p.poll() is not None:
-            break
-        p.send_signal(signal.SIGKILL)
-        p.wait()
-        kills += 1
-        if Path("cut/last.pt").exists():
-            data.load_checkpoint("cut/last.pt")                      # never a half one
-        for png in Path("cut").glob("[0-9]*.png"):
-            Image.open(png).load()
-        if kills >= wanted:
-            subprocess.run([*words, "--out", "cut"], check=True, capture_output=True)
-            break
-    a, b = (torch.load(f"{o}/last.pt", weights_only=True) for o in ("whole", "cut"))
-    assert a["step"] == b["step"] == 60
-    assert all(torch.equal(a[k][n], b[k][n]) for k in ("G", "D") for n in a[k])
+SMALL_WORLD = f"""
+import sys, functools; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'gan.py'
+import data, fid, gan
+draw = data.draw_digits
+data.draw_digits = lambda n, seed, size: draw(n // 20, seed, size)
+fid.train_classifier = functools.partial(fid.train_classifier, steps=10)
+data.run_main(lambda: gan.main(sys.argv[1:]))
+"""
+
+
+def test_kill_at_any_moment_and_go_on():
+    """SIGKILL at random moments of drawing the set, training, checkpointing and training the classifier; then the same
+    command again ends in the networks and caches of an undisturbed run, bit for bit. KILLS=30 is the long form."""
+    def start(out):
+        return subprocess.Popen([sys.executable, "-c", SMALL_WORLD, "dcgan", *map(str, TINY), "--steps", "40", "--resume", "1", "--out", out],
+                                stdout=subprocess.DEVNULL, env=dict(os.environ, DOWNLOADS=out + "-downloads"))
+    assert start("whole").wait() == 0
+    r, begun = random.Random(1), time.monotonic()
+    for kill in range(int(os.environ.get("KILLS", 3))):
+        p = start("cut")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            p.wait(timeout=r.uniform(2, 8))
+        p.kill(), p.wait()
+        for f in [f for o in ("cut", "cut-downloads") for f in Path(o).rglob("*") if f.is_file() and not f.name.endswith(".part")]:
+            if f.suffix == ".pt":
+                data.load_checkpoint(f)                              # no file under its final name is ever half-written
+            elif f.suffix in (".png", ".gif"):
+                Image.open(f).load()
+            elif f.suffix == ".npz":
+                assert len(np.load(f)["images"])
+            elif f.suffix == ".json":
+                json.loads(f.read_text())
+    assert start("cut").wait() == 0
+    for name in ("{}/last.pt", "{}-downloads/classifier-digits-32.pt"):
+        a, b = (torch.load(name.format(o), weights_only=True) for o in ("whole", "cut"))
+        for k in ("G", "D", "state"):
+            assert all(torch.equal(v, b[k][n]) for n, v in a.get(k, {}).items())
+    assert np.array_equal(np.load("whole-downloads/cache/digits-32-train.npz")["images"], np.load("cut-downloads/cache/digits-32-train.npz")["images"])
+
+
+def test_killed_download_leaves_nothing_under_its_name(server):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.download(sys.argv[1], 'd/file')"
+    p = subprocess.Popen([sys.executable, "-c", code, f"{server}/drip/f"])
+    while not list(Path(".").glob("d/.file*")):
+        time.sleep(.05)
+    p.kill(), p.wait()
+    assert not Path("d/file").exists()
+    subprocess.run([sys.executable, "-c", code, f"{server}/ok/f"], check=True, capture_output=True)
+    assert Path("d/file").read_bytes() == Server.body
 
 
 def test_two_processes_building_one_cache_do_not_disturb_each_other():
