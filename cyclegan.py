@@ -532,7 +532,8 @@ def direction_metrics(G, x, y, way, size):
         net = fid.classifier(y.name, size, device)
         s = fid.score(net, real, to_uint8(fake), other)
         m |= {"FID": s["fid"], "FID identity": fid.fid(net.features(real), net.features(source)), "FID floor": s["floor"]}
-        print(f"{way}       {fid.line(s)}; untranslated {m['FID identity']:.3g}")
+        print(f"{way}       {fid.line(s)}; untranslated {m['FID identity']:.3g}; {len(source):,} "
+              f"{'test' if len(x.test) >= 500 else 'training'} pictures translated")
     return {f"{way} {k}": float(v) for k, v in m.items()}
 
 

@@ -3,7 +3,7 @@
 Real data and reference numbers are used where ../shared (or DATA_DIR) has them and skipped elsewhere. Each test was
 seen to fail with the code it guards broken. `KILLS=30 python -m pytest test_all.py -k kill` is the long kill test.
 """
-import contextlib, dataclasses, functools, http.server, importlib.util, io, json, math, os, pickle, random, re, shutil, signal, struct
+import contextlib, copy, dataclasses, functools, http.server, importlib.util, io, json, math, os, pickle, random, re, shutil, signal, struct
 import subprocess, sys, tarfile, threading, time
 from pathlib import Path
 
@@ -19,6 +19,8 @@ SHARED = ROOT.parent / "shared"
 REAL = os.environ.get("DATA_DIR") or (str(SHARED / "data") if (SHARED / "data").is_dir() else "")
 os.environ.pop("DATA_DIR", None)
 
+import biggan_interp
+import cyclegan
 import data
 import fid
 import gan
@@ -867,6 +869,1042 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(home):
     assert r.returncode == 2, r.stderr
     one_line(r.stderr, "space")
     assert Path("o/f/last.pt").read_bytes() == good and not list(Path("o").rglob("*.part"))
+
+
+# ---- tests of fid.py -------------------------------------------------------------------------------------------------
+
+def feats(seed, n, d, shift):
+    a = np.random.RandomState(0).standard_normal((d, d)) / np.sqrt(d)
+    return (np.random.RandomState(seed).standard_normal((n, d)) * np.arange(1, d + 1) ** -0.6) @ a + shift
+
+
+def call_fid(*words, cwd=None, **env):
+    return subprocess.run([sys.executable, str(ROOT / "fid.py"), *map(str, words)], cwd=cwd, text=True, timeout=120,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+# the distance ----
+
+@pytest.mark.parametrize("case", range(3))
+def test_fid_metrics_golden(case):
+    g = golden("metrics.json")
+    c = g["cases"][case]
+    real, fake = feats(g["seed"], c["n_real"], c["d"], 0.0), feats(g["seed"] + 1, c["n_fake"], c["d"], 0.02)
+    assert fid.fid(real, fake) == pytest.approx(c["fid"], rel=1e-6)
+    assert fid.frechet_distance(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T)) == pytest.approx(
+        c["fid"], rel=1e-6)                                                # the last case is singular
+    assert fid.kid(real, fake) == pytest.approx(c["kid"], rel=1e-6)
+    assert fid.precision_recall(real, fake) == pytest.approx((c["precision"], c["recall"]), abs=1e-12)
+
+
+def test_fid_closed_forms():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(40, generator=g).double(), torch.rand(40, generator=g).double()
+    mu = torch.randn(40, generator=g).double()
+    wanted = mu.square().sum() + (a.sqrt() - b.sqrt()).square().sum()      # diagonal Gaussians
+    assert fid.frechet_distance(mu, a.diag(), 0 * mu, b.diag()) == pytest.approx(wanted.item(), rel=1e-9)
+    b[::2] = 0                                                             # half of the directions have no variance
+    wanted = (a.sqrt() - b.sqrt()).square().sum()
+    assert fid.frechet_distance(mu, a.diag(), mu, b.diag()) == pytest.approx(wanted.item(), rel=1e-9)
+    one = torch.ones(40)
+    assert fid.frechet_distance(mu, 0 * a.diag(), mu + 1, 0 * a.diag()) == pytest.approx(one.sum().item())
+
+
+@pytest.mark.parametrize("n", [500, 60])
+def test_fid_known_root(n):
+    """S2 = T S1 T has tr (S1 S2)^1/2 = tr (S1 T), at full rank (n = 500 > d) and singular (n = 60 < d)."""
+    f1, T, s1, s2, exact = fid.root_problem(128, n)
+    zero = torch.zeros(128)
+    assert fid.frechet_distance(zero, s1, zero, s2) == pytest.approx(exact, rel=1e-6)
+    full = torch.eye(128).double()                                         # one side singular, in either order
+    a, b = fid.frechet_distance(zero, s1, zero, full), fid.frechet_distance(zero, full, zero, s1)
+    wanted = 128 + s1.trace() - 2 * torch.linalg.svdvals(f1).sum()
+    assert a == pytest.approx(wanted.item(), rel=1e-11) and b == pytest.approx(wanted.item(), rel=1e-11)
+    assert fid.distance(zero, f1, zero, T @ f1) == pytest.approx(exact, rel=1e-9)          # the small-matrix form
+    from_trace = lambda t: (s1.trace() + s2.trace() - 2 * t).item()
+    assert from_trace(fid.symmetric_trace(s1, s2)) == pytest.approx(exact, rel=1e-4)
+    assert from_trace(fid.newton_schulz(s1 @ s2, 40).trace()) == pytest.approx(exact, rel=1e-4)
+    if n > 128:
+        assert from_trace(fid.denman_beavers(s1 @ s2).trace()) == pytest.approx(exact, rel=1e-2)
+
+
+def test_fid_large_gram_path():
+    """Above 1024 dimensions the Gram matrix stands in for the singular values."""
+    g = torch.randn(1030, 1100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert fid.nuclear_norm(g).item() == pytest.approx(torch.linalg.svdvals(g).sum().item(), rel=1e-10)
+    assert fid.nuclear_norm(g.T).item() == pytest.approx(torch.linalg.svdvals(g).sum().item(), rel=1e-10)
+    g[:500] = 0                                                            # 500 singular values of 0
+    g = g[torch.randperm(1030, generator=torch.Generator().manual_seed(0))]
+    assert fid.nuclear_norm(g).item() == pytest.approx(torch.linalg.svdvals(g).sum().item(), rel=1e-12)
+
+
+def test_fid_sqrtm():
+    x = torch.randn(50, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for a in (x.T @ x, x @ x.T):                                           # full rank, rank 30 of 50
+        r = fid.sqrtm(a)
+        assert torch.allclose(r @ r, a, atol=1e-9) and torch.allclose(r, r.T, atol=1e-12)
+        assert torch.linalg.eigvalsh(r).min() > -1e-6
+        f = fid.factor(a)
+        assert f.shape == (len(a), 30) and torch.allclose(f @ f.T, a, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [300, 40])
+def test_fid_of_equal_sets_symmetry_and_order(n):
+    x, y = (torch.from_numpy(feats(s, n, 64, 0.1 * s)).float() for s in (1, 2))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    assert abs(fid.fid(x, x)) < 1e-6 and abs(fid.fid(x, x[order])) < 1e-6
+    assert fid.fid(x, y) == pytest.approx(fid.fid(y, x), rel=1e-9) == pytest.approx(fid.fid(x[order], y), rel=1e-9)
+    assert fid.fid(x, x + 2) == pytest.approx(4 * 64, rel=1e-5)            # a shift by 2 in 64 dimensions
+    assert fid.kid(x, y) == pytest.approx(fid.kid(y, x), rel=1e-9)
+    assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
+    assert fid.precision_recall(x, y) == fid.precision_recall(y, x)[::-1]
+
+
+def test_fid_kid_and_neighbours_naively():
+    """Against the definitions written as loops, over several blocks of rows."""
+    x, y = feats(1, 40, 8, 0.0), feats(2, 30, 8, 0.3)
+    k = lambda a, b: (a @ b / 8 + 1) ** 3
+    pairs = lambda a: np.mean([k(p, q) for i, p in enumerate(a) for j, q in enumerate(a) if i != j])
+    wanted = pairs(x) + pairs(y) - 2 * np.mean([k(p, q) for p in x for q in y])
+    assert fid.kid(x, y, rows=7) == pytest.approx(wanted, rel=1e-9)
+    radius = lambda a: [sorted(np.linalg.norm(a - p, axis=1))[3] for p in a]               # [0] is the sample itself
+    inside = lambda a, b: np.mean([any(np.linalg.norm(q - p) <= r for p, r in zip(a, radius(a))) for q in b])
+    assert fid.precision_recall(x, y) == pytest.approx((inside(x, y), inside(y, x)))
+
+
+def test_fid_small_or_odd_sets_are_refused():
+    x = torch.randn(5, 4)
+    for call in (lambda: fid.fid(x[:1], x), lambda: fid.kid(x, x[:1]), lambda: fid.precision_recall(x[:3], x),
+                 lambda: fid.fid(x, x[:, :3])):
+        with pytest.raises(data.UserError):
+            call()
+
+
+def test_fid_extrapolation_removes_the_bias():
+    """Two samples of one Gaussian: FID at n = 1000 is far from 0, its extrapolation is not."""
+    real, fake = (fid.Stats(str(s), "f", 1000, None, None, torch.from_numpy(feats(s, 1000, 48, 0.0))) for s in (1, 2))
+    biased = fid.fid(real.x, fake.x)
+    value, error = fid.extrapolate(real, fake)
+    assert biased > 0.02 and abs(value) < biased / 3 and 0 < error < biased / 3
+
+
+# Inception ----
+
+def close(t, wanted, rel=1e-4):
+    t = t.contiguous().flatten().double()
+    for got, name in ((t.mean(), "mean"), (t.std(), "std"), (t.norm(), "norm")):
+        assert got.item() == pytest.approx(wanted[name], rel=rel)
+    values = torch.tensor(wanted["values"]).double()
+    assert (t[wanted["at"]] - values).norm() <= rel * max(values.norm(), t.norm() / len(t) ** 0.5)
+
+
+def inception_state(seed=11):
+    keys = golden("inception_keys.json")
+    made = recipe().state({k: v for k, v in keys.items() if not k.endswith("num_batches_tracked")}, seed)
+    return keys, {k: torch.from_numpy(np.array(v)) for k, v in made.items()}
+
+
+def test_fid_inception_golden():
+    g, (keys, state) = golden("inception.json"), inception_state(golden("inception.json")["seed"])
+    net = fid.Inception()
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == keys
+    assert sum(p.numel() for p in net.parameters()) == 23_850_960
+    net.load_published(state)                                              # without num_batches_tracked
+    for c in g["cases"]:
+        plus, n, h, w = (int(v) for v in c["images"].removeprefix("images(seed+").rstrip(")").split(","))
+        images = torch.from_numpy(recipe().images(g["seed"] + plus, n, h, w))
+        with torch.no_grad():
+            blocks = net.blocks(net.prepare(images))
+        for got, wanted in zip(blocks, c["blocks"] + [c["features"]], strict=True):
+            close(got, wanted)
+        if plus == 32:
+            close(net.fc(blocks[-1]), g["logits_of_first_case"])
+            f = net.features(images)
+            assert f.shape == (2, 2048) and f.dtype == torch.float32
+            assert torch.allclose(f, blocks[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_fid_inception_folding_grey_and_strictness():
+    state = fid.stand_in()
+    assert fid.Inception().load_published({k: v for k, v in state.items() if "tracked" not in k}) is not None
+    net, plain = fid.Inception().load_published(state), fid.Inception()
+    plain.load_state_dict(state)
+    images = torch.randint(0, 256, (2, 1, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
+    f = net.features(images)
+    assert (f - plain.features(images)).norm() < 1e-4 * f.norm()
+    assert torch.equal(f, net.features(images.expand(-1, 3, -1, -1)))      # grey is three equal channels
+    net.load_published(state)                                              # a second time: folded layers come back
+    assert torch.allclose(f, net.features(images), rtol=1e-4, atol=1e-4)
+    for bad in (dict(state, extra=torch.zeros(1)), {k: v for k, v in state.items() if k != "fc.bias"}, {},
+                dict(state, **{"fc.bias": torch.zeros(1000)})):
+        with pytest.raises(data.UserError, match="not the published"):
+            fid.Inception().load_published(bad)
+    for bad in (images.float(), images[:, 0], images[:0], images.expand(-1, 2, -1, -1)):
+        with pytest.raises(data.UserError, match="pictures"):
+            net.features(bad)
+
+
+def test_fid_inception_file_that_is_another(tmp_path, monkeypatch):
+    """A damaged checkpoint is named with both hashes; a missing one with URL, path, hash and the way without it."""
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    monkeypatch.setattr(fid, "WEIGHTS_URLS", ["http://127.0.0.1:9/" + fid.WEIGHTS])
+    with pytest.raises(data.UserError) as e:
+        fid.inception()
+    for part in ("http://127.0.0.1:9/", str(tmp_path / fid.WEIGHTS), fid.WEIGHTS_SHA256, "--features classifier"):
+        assert part in str(e.value)
+    (tmp_path / fid.WEIGHTS).write_bytes(b"half a file")
+    with pytest.raises(data.UserError) as e:
+        fid.inception()
+    assert fid.WEIGHTS_SHA256 in str(e.value) and data.sha256_of(tmp_path / fid.WEIGHTS) in str(e.value)
+
+
+# classifier ----
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder of 3 classes that take seconds to learn, and its classifier, in a download folder of its own."""
+    root = tmp_path_factory.mktemp("fid")
+    g = np.random.RandomState(0)
+    for c in range(3):
+        (root / "shapes" / "abc"[c]).mkdir(parents=True)
+        for i in range(40):
+            a = g.randint(0, 60, (16, 16)).astype(np.uint8)
+            a[[slice(2, 6), slice(10, 14), slice(6, 10)][c], 2:14] += 150
+            Image.fromarray(a).convert("RGB").save(root / "shapes" / "abc"[c] / f"{i}.png")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(data, "DOWNLOADS", root / "downloads")
+        original = fid.train_classifier
+        m.setattr(fid, "train_classifier", lambda *a, **k: original(*a, **{**k, "steps": 60, "batch": 32}))
+        before = torch.get_rng_state()
+        net = fid.classifier(str(root / "shapes"), 16)
+        assert torch.equal(before, torch.get_rng_state())                  # the caller's random numbers stay its own
+        again = fid.classifier(str(root / "shapes"), 16)                   # from the file
+        (path,) = (root / "downloads").glob("classifier-*.pt")
+        path.write_bytes(path.read_bytes()[:5000])                         # a damaged file is made anew, to the bit
+        anew = fid.classifier(str(root / "shapes"), 16)
+        yield root, net, again, anew
+
+
+def test_fid_classifier_learns_and_is_kept(small):
+    root, net, again, anew = small
+    x, y, classes = data.load(str(root / "shapes"), 16, "test")
+    assert net.accuracy[0] >= 0.95 and net.heads == (3,) and again.accuracy == net.accuracy
+    for other in (again, anew):
+        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values()))
+    label, sure = net.predict(x)
+    assert label.dtype == torch.int64 and (label == y).float().mean() >= 0.95 and 0 < sure.min() and sure.max() <= 1
+    f = net.features(x)
+    assert f.shape == (len(x), 128) and f.dtype == torch.float32
+    assert torch.allclose(f[:2], net.features(x[:2]), atol=1e-5)           # eval mode: no matter who is in the batch
+    assert net.features(x[:, :1]).shape == f.shape                         # grey pictures are taken as three channels
+    assert torch.equal(net.train().features(x), f) and net.training        # ... whatever mode the caller left it in
+    net.eval()
+    with pytest.raises(data.UserError):
+        net.features(x.float())
+
+
+def test_fid_classifier_labels_of_two_heads():
+    labels = torch.arange(132)
+    hair, eyes = fid.targets(labels, (12, 11))
+    assert torch.equal(hair * 11 + eyes, labels) and hair.max() == 11 and eyes.max() == 10
+    net = fid.Classifier(3, 16, (12, 11)).eval()
+    x = torch.randint(0, 256, (9, 3, 16, 16)).byte()
+    label, sure = net.predict(x)
+    h, e = net.attributes(x)
+    assert torch.equal(label, h * 11 + e) and len(sure) == 9
+
+
+def test_fid_augment_and_rotate():
+    x = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8).to(torch.uint8)
+    g = torch.Generator().manual_seed(0)
+    assert torch.equal(fid.augment(x, False, g, shift=0), x)
+    moved = fid.augment(x.repeat(50, 1, 1, 1), True, g)
+    windows = [torch.nn.functional.pad(x[:1].float(), [2] * 4, mode="replicate")[..., i:i + 8, j:j + 8].byte()
+               for i in range(5) for j in range(5)]
+    windows += [w.flip(3) for w in windows]
+    which = {next(k for k, w in enumerate(windows) if torch.equal(w[0], m)) for m in moved[::2]}
+    assert sum(k < 25 for k in which) > 8 and sum(k >= 25 for k in which) > 8              # plain and mirrored shifts
+    turned = fid.rotate(x, torch.tensor([0, 3]))
+    assert torch.equal(turned[0], x[0]) and torch.equal(turned[1], x[1].rot90(3, (1, 2)))
+
+
+def test_fid_score_and_line(small):
+    root, net, *_ = small
+    x = data.load(str(root / "shapes"), 16, "train")[0]
+    noise = torch.randint(0, 256, x.shape, generator=torch.Generator().manual_seed(0)).byte()
+    good, bad = fid.score(net, x[::2], x[1::2], x[1::2]), fid.score(net, x[::2], noise[::2], x[1::2])
+    assert good["fid"] == pytest.approx(good["floor"]) and bad["fid"] > 5 * good["fid"] and bad["kid"] > good["kid"]
+    assert good["n"] == len(x) // 2 and bad["precision"] < good["precision"]
+    line = fid.line(dict(fid=12.345, features="classifier-mnist-32", n=10, n_real=10, floor=0.41, floor_n=10))
+    assert "n = unknown real, 9)" in fid.line(dict(fid=1, features="f", n=9, n_real=0))
+    assert line == "FID 12.3 (classifier-mnist-32, n = 10, real-vs-real floor 0.41)"
+
+
+# the command ----
+
+@pytest.fixture(scope="module")
+def sets(small):
+    """Sources of all kinds beside the small classifier."""
+    root = small[0]
+    x = data.load(str(root / "shapes"), 16, "all")[0]
+    np.save(root / "s.npy", x.permute(0, 2, 3, 1).numpy())
+    np.save(root / "grey.npy", x[:, :1].permute(0, 2, 3, 1).numpy())
+    np.save(root / "float.npy", x.numpy() / 255)
+    (root / "broken").mkdir()
+    (root / "one").mkdir()
+    for i in range(12):
+        Image.fromarray(x[i].permute(1, 2, 0).numpy()).resize((16 + i % 2, 20)).save(root / "broken" / f"{i}.png")
+    Image.fromarray(x[0].permute(1, 2, 0).numpy()).save(root / "one" / "0.png")
+    (root / "broken" / "bad.png").write_bytes(b"\x89PNG, but not for long")
+    np.savez(root / "nomu.npz", sigma=np.eye(128))
+    np.savez(root / "nan.npz", mu=np.zeros(4), sigma=np.full((4, 4), np.nan))
+    (root / "junk.npz").write_bytes(b"junk")
+    np.savez(root / "a.npz", mu=np.zeros(30), sigma=np.eye(30))           # as pytorch-fid writes them
+    np.savez(root / "b.npz", mu=np.ones(30), sigma=4 * np.eye(30))
+    (root / "run").mkdir()
+    data.save_checkpoint(root / "run" / "last.pt", {"step": 1})
+    return root
+
+
+FLAGS = ["--features", "classifier", "--data", "shapes", "--size", "16"]
+
+
+def run_main(capsys, monkeypatch, root, *words):
+    """main() inside this process, in the folder of the sources -> what it printed."""
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(data, "DOWNLOADS", Path("downloads"))
+    fid.main([str(w) for w in words])
+    return capsys.readouterr().out
+
+
+def test_fid_command(capsys, monkeypatch, sets, tmp_path):
+    out = run_main(capsys, monkeypatch, sets, "shapes", "s.npy", *FLAGS)
+    assert float(out.split("FID ")[-1].split()[0]) < 1e-6                  # the same pictures, as files and as an array
+    assert "KID" in out and "precision" in out and "warning: n = 120 is small" in out and "real-vs-real floor" in out
+    out = run_main(capsys, monkeypatch, sets, "shapes", "broken", *FLAGS, "--skip-broken")
+    assert "broken: 12 pictures" in out and "1 broken left out" in out
+    out = run_main(capsys, monkeypatch, sets, "shapes", "broken", *FLAGS, "--skip-broken", "1", "--json")
+    r = json.loads(out.strip().splitlines()[-1])
+    assert r["n"] == 12 and r["n_real"] == 120 and r["fid"] > 0 and len(out.strip().splitlines()) == 1
+    run_main(capsys, monkeypatch, sets, "shapes", *FLAGS, "--save", tmp_path / "shapes.npz")
+    saved = json.loads(run_main(capsys, monkeypatch, sets, tmp_path / "shapes.npz", "broken", *FLAGS, "--skip-broken",
+                                "1", "--json"))
+    assert saved["fid"] == pytest.approx(r["fid"], rel=1e-6) and saved["n_real"] == 120 and "kid" not in saved
+    with np.load(tmp_path / "shapes.npz") as f:                            # a file pytorch-fid reads too
+        assert f["mu"].shape == (128,) and f["sigma"].shape == (128, 128)
+        assert np.allclose(f["sigma"], f["root"] @ f["root"].T)
+    r = json.loads(run_main(capsys, monkeypatch, sets, "a.npz", "b.npz", "--json"))
+    assert r["fid"] == pytest.approx(30 + 30 * (1 + 4 - 2 * 2))            # |mu|^2 + tr of diagonal Gaussians
+    r = json.loads(run_main(capsys, monkeypatch, sets, "shapes", "s.npy", *FLAGS, "--n", "100", "--extrapolate",
+                            "--json"))
+    assert r["n"] == 100 and abs(r["fid_inf"]) < 1 + r["fid"]
+
+
+@pytest.mark.parametrize("words, why", [
+    (["shapes", "broken", *FLAGS], "broken/bad.png is no readable picture"),
+    (["shapes", "one", *FLAGS], "one: 1 readable picture"),
+    (["grey.npy", "s.npy", *FLAGS], "different channels"),
+    (["shapes", "float.npy", *FLAGS], "wanted: uint8"),
+    (["nomu.npz", "s.npy", *FLAGS], "lacks mu or sigma (it holds: sigma)"),
+    (["nan.npz", "s.npy", *FLAGS], "no finite mean"),
+    (["junk.npz", "s.npy", *FLAGS], "no readable npz"),
+    (["none.npz", "s.npy", *FLAGS], "there is no none.npz"),
+    (["a.npz", "s.npy", *FLAGS], "a.npz holds inception features, not classifier-shapes"),
+    (["shapes", "nowhere", *FLAGS], "nowhere"),
+    (["run", *FLAGS], "none of gan.py's"),
+    (["empty.pt", *FLAGS], "no checkpoint"),
+    (["digits:best", "s.npy", *FLAGS], "train, test or all"),
+    (["s.npy"], "against what?"), ([], "0 sources"), (["a", "b", "c"], "3 sources"),
+    (["s.npy", "s.npy", "--features", "vgg"], "vgg is unknown"),
+    (["s.npy", "s.npy", "--n", "1"], "--n 1"),
+    (["s.npy", "s.npy", "--features", "classifier"], "of which data set"),
+    (["a.npz", "b.npz", "--extrapolate", "1"], "--extrapolate needs"),
+])
+def test_fid_command_bad_input(capsys, monkeypatch, sets, words, why):
+    before = sorted(p for p in sets.rglob("*") if "cache" not in p.parts)
+    with pytest.raises(data.UserError) as e:
+        run_main(capsys, monkeypatch, sets, *words)
+    assert why in str(e.value) and "\n" not in str(e.value)
+    assert sorted(p for p in sets.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_fid_command_exit_code(sets):
+    r = call_fid("nomu.npz", "b.npz", cwd=sets)
+    assert r.returncode == 2 and r.stderr.startswith("error: nomu.npz lacks mu") and r.stderr.count("\n") == 1
+    r = call_fid("--what", cwd=sets)
+    assert r.returncode == 2 and "--what" in r.stderr and r.stderr.count("\n") == 1
+
+
+def test_fid_streams(monkeypatch):
+    """No more than a chunk of pictures is ever asked for."""
+    asked = []
+    read = lambda i: asked.append(len(i)) or [torch.full((3, 8 + k % 2, 8), int(k), dtype=torch.uint8) for k in i]
+    net = fid.Classifier(3, 8, (2,), "net")
+    s = fid.measure(fid.Source("s", 103, 3, read), net, fid.Config(batch=10, n=95))
+    assert max(asked) == 10 and sum(asked) == 95 and s.n == 95 and s.x.shape == (95, 128)
+
+
+def test_fid_of_a_run(capsys, monkeypatch, small, tmp_path):
+    """A run is judged by its samples.npy; where that is missing, gan.py is asked for it with the run's own config."""
+    root = small[0]
+    x = data.load(str(root / "shapes"), 16, "all")[0]
+    run = tmp_path / "run"
+    run.mkdir()
+    config = dict(preset="dcgan", data=str(root / "shapes"), z=7, out="x", steps=9)
+    data.save_checkpoint(run / "last.pt", dict(config=config))
+    called = []
+
+    def draw(command, **_):
+        called.append(command)
+        np.save(run / "samples.npy", x.permute(0, 2, 3, 1).numpy())
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(fid.subprocess, "run", draw)
+    monkeypatch.setattr(data, "DOWNLOADS", root / "downloads")
+    for _ in range(2):                                                     # the second time they are there
+        fid.main([str(run), "--features", "classifier", "--n", "100", "--json"])
+        r = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        assert r["n"] == 100 and r["features"].startswith("classifier-shapes")
+    (command,) = called
+    assert command[2] == "dcgan" and "--z=7" in command and "--steps=0" in command and "--dump=100" in command
+    assert not any(w.startswith(("--steps=9", "--preset")) for w in command)
+
+
+def test_fid_tables(capsys):
+    fid.roots(d=64, n=20)
+    out = capsys.readouterr().out
+    assert "Newton-Schulz, 40 iterations" in out and "the real root kept" in out and "Denman-Beavers" in out
+    rows = {r[:32].strip(): r[32:].split() for r in out.splitlines()[2:]}
+    for way in ("here, from two covariances", "here, the real root kept"):
+        assert all(float(error) < 1e-6 for error in rows[way][2::3])
+
+
+# ---- tests of cyclegan.py --------------------------------------------------------------------------------------------
+
+def cyclegan_faces(n=200, size=32):
+    """Two small unpaired Styles of drawn faces, with the paired test set that scores them."""
+    draw = lambda s, n, first: [torch.from_numpy(v) for v in data.draw_faces(s, n, first, size)]
+    test = {s: draw(s, 40, 20_000) for s in "ab"}
+    return tuple(cyclegan.Style(f"faces-{s}", draw(s, n, first)[0], *test[s]) for s, first in (("a", 0), ("b", 10_000)))
+
+
+def cyclegan_folders(tmp_path, n=24, size=40):
+    """Two folders of n random colour blobs, as command line flags."""
+    r = np.random.RandomState(0)
+    for s in "ab":
+        (tmp_path / s).mkdir()
+        for i in range(n):
+            small = Image.fromarray(r.randint(0, 256, (4, 4, 3)).astype(np.uint8))
+            small.resize((size, size)).save(tmp_path / s / f"{i:03d}.png")
+    return ["--a", str(tmp_path / "a"), "--b", str(tmp_path / "b"), "--device", "cpu"]
+
+
+def test_cyclegan_networks_have_the_published_sizes():
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    assert count(cyclegan.CycleGenerator()) == 144_448 and count(cyclegan.Discriminator()) == 262_048
+    assert count(cyclegan.ResNetGenerator(64, 9)) == 11_378_179 and count(cyclegan.PatchGAN()) == 2_764_737
+    x = torch.randn(2, 3, 32, 32)
+    assert cyclegan.CycleGenerator()(x).shape == x.shape and cyclegan.Discriminator()(x).shape == (2,)
+    for size in (64, 128):
+        G, D = cyclegan.networks(cyclegan.Config(size=size, width=4))
+        x = torch.randn(1, 3, size, size)
+        assert G(x, "ab").shape == x.shape and D["a"](x).shape == (1, 1, size // 8 - 2, size // 8 - 2)
+
+
+def test_cyclegan_patchgan_sees_70_pixels():
+    D = cyclegan.PatchGAN(4)
+    for m in D.modules():                                                # instance norm would make every pixel count
+        if isinstance(m, torch.nn.InstanceNorm2d):
+            m.forward = lambda t: t
+    x = torch.randn(1, 3, 256, 256, requires_grad=True)
+    D(x)[0, 0, 15, 15].backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert len(rows) == 70 and rows[-1] - rows[0] == 69
+
+
+def test_cyclegan_unit_shares_two_blocks_and_gives_them_to_the_optimiser_once():
+    G, _ = cyclegan.networks(cyclegan.Config(model="unit"))
+    opt = cyclegan.optimiser(G, cyclegan.Config(model="unit"))
+    ids = [id(p) for group in opt.param_groups for p in group["params"]]
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    total = 2 * count(cyclegan.Encoder()) + 2 * count(cyclegan.Decoder()) + 2 * count(cyclegan.ResBlock(64))
+    assert len(ids) == len(set(ids)) and sum(p.numel() for p in opt.param_groups[0]["params"]) == total == 657_798
+    x = torch.randn(1, 3, 32, 32)
+    before = [G(x, way) for way in ("ab", "ba", "aa", "bb")]
+    for block in (G.into, G.outof):                                      # each shared block is on every path
+        with torch.no_grad():
+            block.body[0].weight.mul_(-1)
+        after = [G(x, way) for way in ("ab", "ba", "aa", "bb")]
+        assert all((p - q).abs().max() > 1e-6 for p, q in zip(before, after))
+        before = after
+
+
+def test_cyclegan_losses_are_their_equations():
+    x, y = torch.rand(4, 3, 8, 8) * 2 - 1, torch.rand(4, 3, 8, 8) * 2 - 1
+    assert cyclegan.cycle_loss(x, x) == 0
+    byhand = sum(abs(float(p) - float(q)) for p, q in zip(x.flatten(), y.flatten())) / 4
+    assert cyclegan.cycle_loss(x, y).item() == pytest.approx(byhand, rel=1e-5)
+    assert cyclegan.cycle_loss(x, y).item() == pytest.approx(3 * 8 * 8 * F.l1_loss(x, y).item(), rel=1e-5)
+    real, fake = torch.randn(9), torch.randn(9)
+    assert cyclegan.d_lsgan(real, fake).item() == pytest.approx(
+        (F.mse_loss(real, torch.ones(9)) + F.mse_loss(fake, torch.zeros(9))).item() / 2, rel=1e-5)
+    assert cyclegan.g_lsgan(fake).item() == pytest.approx(F.mse_loss(fake, torch.ones(9)).item(), rel=1e-5)
+    bce = F.binary_cross_entropy_with_logits
+    assert cyclegan.d_bce(real, fake).item() == pytest.approx((bce(real, torch.ones(9)) + bce(fake, torch.zeros(9))).item())
+    assert cyclegan.g_bce(fake).item() == pytest.approx(bce(fake, torch.ones(9)).item())
+    mu = torch.randn(2, 3, 4, 4)                                         # KL(N(mu, I) | N(0, I)) = mu^2 / 2 a number
+    N = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(N(mu, torch.ones(())), N(torch.zeros(()), torch.ones(())))
+    assert cyclegan.kl(mu).item() == pytest.approx(2 * kl.mean().item(), rel=1e-5)
+
+
+def test_cyclegan_weights_and_the_conversion_of_lambda():
+    w = cyclegan.weights(cyclegan.Config(model="unit"))
+    assert w == dict(gan=10, rec=100, kl=.1, cycle=100, cycle_kl=.1)
+    assert cyclegan.recipe("unit", 32) == dict(lr=1e-4, weight_decay=1e-4)
+    large = cyclegan.recipe("cyclegan", 128)
+    assert large["lambda_cycle"] * 3 * 128 * 128 == pytest.approx(10)    # the paper's 10 on the mean L1
+    w = cyclegan.weights(cyclegan.Config(size=128, **large))
+    assert w["identity"] == pytest.approx(.5 * w["cycle"])
+
+
+def test_cyclegan_pool_returns_old_images_half_the_time():
+    torch.manual_seed(0)
+    pool, image = cyclegan.ImagePool(50), lambda i: torch.full((1, 1, 1), float(i))
+    first = pool(torch.stack([image(i) for i in range(50)]))
+    assert first.flatten().tolist() == list(range(50))                   # while it fills, the new ones come back
+    old, ages = 0, []
+    for i in range(50, 4050):
+        got = int(pool(image(i)[None]).item())
+        old += got != i
+        ages += [i - got] * (got != i)
+    assert 0.47 < old / 4000 < 0.53                                      # sigma 0.008
+    assert np.mean(ages) == pytest.approx(100, rel=.15)                  # replaced with probability 1/2 * 1/50 a step
+    x = torch.randn(5, 3, 4, 4)
+    assert torch.equal(cyclegan.ImagePool(0)(x), x)
+    twin = cyclegan.ImagePool(50)
+    twin.load_state_dict(pool.state_dict())
+    state = torch.get_rng_state()
+    a = pool(torch.arange(20.).view(20, 1, 1, 1))
+    torch.set_rng_state(state)
+    assert torch.equal(a, twin(torch.arange(20.).view(20, 1, 1, 1)))
+
+
+def test_cyclegan_pool_detaches():
+    x = torch.randn(3, 3, 4, 4, requires_grad=True)
+    assert not cyclegan.ImagePool(2)(x).requires_grad
+
+
+def reference_step(cfg, a, b):
+    """One CycleGAN step written down plainly: four networks, four optimisers, nothing shared with train()."""
+    torch.manual_seed(cfg.seed)
+    G, D = cyclegan.networks(cfg)
+    adam = lambda net: torch.optim.Adam(net.parameters(), cfg.lr, (.5, .999))
+    opt = [adam(net) for net in (G.ab, G.ba, D["a"], D["b"])]
+    pick = lambda x: x[torch.randint(len(x), (cfg.batch,))].float() / 127.5 - 1
+    x_a, x_b = pick(a.images), pick(b.images)
+    with torch.no_grad():
+        fake_b, fake_a = G.ab.train()(x_a), G.ba(x_b)
+    for s, x, fake in (("a", x_a, fake_a), ("b", x_b, fake_b)):
+        (((D[s](x) - 1) ** 2).mean() / 2 + (D[s](fake) ** 2).mean() / 2).backward()
+    norm = sum(p.grad.square().sum() for p in D.parameters()) ** .5
+    opt[2].step(), opt[3].step()
+    fake_b, fake_a = G.ab(x_a), G.ba(x_b)
+    loss = ((D["b"](fake_b) - 1) ** 2).mean() + ((D["a"](fake_a) - 1) ** 2).mean()
+    loss = loss + cfg.lambda_cycle * ((G.ba(fake_b) - x_a).abs().sum() + (G.ab(fake_a) - x_b).abs().sum()) / cfg.batch
+    loss = loss + cfg.identity * cfg.lambda_cycle * ((G.ab(x_b) - x_b).abs().sum() + (G.ba(x_a) - x_a).abs().sum()) / cfg.batch
+    loss.backward()
+    opt[0].step(), opt[1].step()
+    return G, D, norm.item()
+
+
+@pytest.mark.parametrize("identity", [0., .5])
+def test_cyclegan_step_is_the_equations(tmp_path, identity):
+    a, b = cyclegan_faces(20)
+    cfg = cyclegan.Config(data="faces", steps=1, batch=4, amp=0, device="cpu", identity=identity)
+    G, D, _, log = cyclegan.train(cfg, a, b, tmp_path, torch.device("cpu"))
+    want_G, want_D, norm = reference_step(cfg, a, b)
+    assert log.table["|dD|"][-1] == pytest.approx(norm, rel=1e-3)        # G's step leaves D's gradients alone
+    torch.manual_seed(cfg.seed)
+    start, _ = cyclegan.networks(cfg)
+    moved = 0
+    for net, want in ((G, want_G), (D, want_D)):
+        for p, q in zip(net.parameters(), want.parameters()):
+            assert (p - q).abs().mean() < 2e-5                           # Adam's first step is 3e-4 for every number
+    for p, q in zip(G.parameters(), start.parameters()):
+        moved = max(moved, (p - q).abs().max().item())
+    assert moved == pytest.approx(cfg.lr, rel=.05)
+
+
+@pytest.mark.parametrize("flags", [["--pool", "6"], ["--model", "unit"]])
+def test_cyclegan_resumes_to_the_bit(tmp_path, flags, capsys):
+    flags = cyclegan_folders(tmp_path) + flags + ["--batch", "4", "--log-every", "2", "--sample-every", "4"]
+    cyclegan.main(flags + ["--steps", "8", "--out", str(tmp_path / "whole")])
+    cyclegan.main(flags + ["--steps", "4", "--out", str(tmp_path / "half")])
+    cyclegan.main(flags + ["--steps", "8", "--out", str(tmp_path / "half"), "--resume", "1"])
+    whole, half = (torch.load(tmp_path / d / "last.pt", weights_only=True) for d in ("whole", "half"))
+    assert whole["step"] == half["step"] == 8
+    leaves = lambda v: (sum((leaves(w) for w in (v.values() if isinstance(v, dict) else v)), [])
+                        if isinstance(v, (dict, list, tuple)) else [v])
+    for k in ("G", "D", "opt_G", "opt_D", "pool_a", "pool_b", "rng"):
+        p, q = leaves(whole[k]), leaves(half[k])
+        assert len(p) == len(q) and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(p, q)), k
+    log = [(tmp_path / d / "log.csv").read_text().splitlines() for d in ("whole", "half")]
+    drop = lambda lines: [l.rsplit(",", 1)[0] for l in lines if not l.startswith("5,")]       # seconds; a resume's first step
+    assert drop(log[0]) == drop(log[1])
+    for name in ("translations.png", "curves.png", "training.gif", "result.json", "000008.png"):
+        assert (tmp_path / "half" / name).exists()
+    with pytest.raises(data.UserError, match="--lr"):                    # other settings: no resume
+        cyclegan.main(flags + ["--steps", "9", "--out", str(tmp_path / "half"), "--resume", "1", "--lr", "1"])
+
+
+def test_cyclegan_colour_map_and_scores():
+    x = torch.rand(3, 3, 8, 8) - .5
+    M = torch.tensor([[.2, .5, 0.], [.1, -.3, .4], [.3, 0., .3]])
+    y = torch.einsum("nchw,cd->ndhw", x, M) + torch.tensor([.1, -.2, 0.]).view(3, 1, 1)
+    assert torch.allclose(cyclegan.colour_map(x, y), y, atol=1e-4)
+    black, white = torch.full((2, 3, 4, 4), -1.), torch.ones(2, 3, 4, 4)
+    assert cyclegan.l1(black, white) == 1 and cyclegan.psnr(black, white) == 0
+    assert cyclegan.psnr(black, black + .2).item() == pytest.approx(20, abs=1e-3)             # 10 log10(1 / 0.1^2)
+
+
+def test_cyclegan_learns_faces(tmp_path):
+    a, b = cyclegan_faces(400)
+    cfg = cyclegan.Config(data="faces", steps=90, batch=16, lr=6e-4, device="cpu", log_every=90, sample_every=90)
+    G, _, _, log = cyclegan.train(cfg, a, b, tmp_path, torch.device("cpu"))
+    for x, y, way in ((a, b, "ab"), (b, a, "ba")):
+        x, y = data.to_float(x.test), data.to_float(y.test)
+        error = cyclegan.l1(cyclegan.translate(G, x, way), y)
+        assert error < cyclegan.l1(x, y) / 2, (way, error)
+    assert log.table["L1 ab"][-1] == pytest.approx(cyclegan.l1(cyclegan.translate(
+        G, data.to_float(a.test), "ab"), data.to_float(b.test)).item(), rel=1e-4)
+
+
+def test_cyclegan_larger_networks_translate_files(tmp_path, capsys):
+    flags = cyclegan_folders(tmp_path, n=4) + ["--size", "64", "--width", "8", "--out", str(tmp_path / "run")]
+    cyclegan.main(flags + ["--steps", "3", "--log-every", "1"])
+    assert "= 10 on the mean L1" in capsys.readouterr().out
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    Image.new("L", (50, 90), 200).save(mixed / "grey.png")
+    Image.new("RGBA", (100, 70), (255, 0, 0, 0)).save(mixed / "clear.png")
+    Image.new("P", (33, 33)).save(mixed / "palette.png")
+    Image.new("RGB", (200, 130), (9, 99, 199)).save(mixed / "photo.jpg")
+    cyclegan.main(["--translate", str(mixed), "--direction", "ba", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    made = sorted((tmp_path / "run" / "translated-ba").glob("*.png"))
+    assert [p.name.split("-")[0] for p in made] == ["clear", "grey", "palette", "photo", "sheet.png"]
+    assert all(Image.open(p).size == (64, 64) for p in made[:4])
+    cyclegan.main(["--translate", str(mixed / "grey.png"), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    one = np.asarray(Image.open(tmp_path / "run" / "translated-ab" / "grey.png"))
+    G = cyclegan.networks(cyclegan.Config(size=64, width=8))[0]
+    G.load_state_dict(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["G"])
+    x = data.to_float(data.fit(data.read_picture(mixed / "grey.png"), 64))[None]
+    want = data.to_uint8(cyclegan.translate(G, x, "ab"))[0].permute(1, 2, 0).numpy()
+    assert np.abs(one.astype(int) - want.astype(int)).max() <= 1
+
+
+def test_cyclegan_sweep_puts_all_lambdas_on_one_sheet(tmp_path):
+    flags = cyclegan_folders(tmp_path) + ["--batch", "2", "--steps", "2", "--out", str(tmp_path / "sweep")]
+    cyclegan.main(flags + ["--sweep", "0,0.5"])
+    rows = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
+    assert [r.split("|")[1].strip() for r in rows[2:]] == ["0", "0.5"] and "cycle" in rows[0]
+    for name in ("sweep.png", "sweep-curves.png", "lambda-0/result.json", "lambda-0.5/result.json"):
+        assert (tmp_path / "sweep" / name).exists()
+
+
+def test_cyclegan_bad_input_is_one_line(tmp_path):
+    good = cyclegan_folders(tmp_path, n=2)
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "one" / "x.png")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_bytes(b"broken")
+    folder = lambda name: ["--a", str(tmp_path / name), "--b", str(tmp_path / "b")]
+    for flags, words in [(["--direction", "xy"], "ab ba"), (["--size", "48"], "32 64"), (["--model", "gan"], "cyclegan unit"),
+                         (["--data", "mnist"], "emojis faces"), (["--a", "x"], "--b"), (folder("none"), "none"),
+                         (folder("one"), "at least 2"), (["--translate", "x.png", "--out", str(tmp_path / "new")], "no checkpoint"),
+                         (["--translate", "x.png", "--out", str(tmp_path / "run")], "no readable checkpoint"),
+                         (["--steps", "0", "--out", str(tmp_path / "new")], "train first"), (["--batch", "1"], "batch norm"),
+                         (["--sweep", "0,x"], "--sweep"), (["--sweep", "0,-1"], "--sweep"), (["--pool", "-1"], "--pool"),
+                         (["--model", "unit", "--identity", "1"], "--identity"), (["--nonsense", "1"], "--nonsense")]:
+        with pytest.raises(data.UserError, match=words) as e:
+            cyclegan.main(flags)
+        assert "\n" not in str(e.value)
+    assert not (tmp_path / "new").exists()
+    cyclegan.main(good + ["--batch", "2", "--steps", "1", "--out", str(tmp_path / "two")])    # two pictures are enough
+    with pytest.raises(data.UserError, match="nowhere.png"):
+        cyclegan.main(["--translate", "nowhere.png", "--out", str(tmp_path / "two")])
+    with pytest.raises(data.UserError, match="--overwrite 1"):
+        cyclegan.main(good + ["--steps", "1", "--out", str(tmp_path / "two")])
+
+
+# ---- tests of biggan_interp.py ---------------------------------------------------------------------------------------
+
+def biggan_width8():
+    """The golden network: the published 128 layers at channel width 8, weights from the recipe."""
+    G = biggan_interp.Generator(biggan_interp.Config(channel_width=8)).eval().requires_grad_(False)
+    state = recipe().state({k: v.shape for k, v in G.state_dict().items()}, golden("biggan.json")["seed"])
+    G.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
+    return G
+
+
+def biggan_tiny():
+    """A trained-like small generator in a moment: random weights, the tables filled."""
+    torch.manual_seed(0)
+    G = biggan_interp.Generator(biggan_interp.SMALL).requires_grad_(False)
+    torch.nn.init.normal_(G.embeddings.weight)
+    return biggan_interp.fill_statistics(biggan_interp.fold(G), rows=[20, 25, 50], per_class=1)
+
+
+# the generator ----------------------------------------------------------------------------------------------------
+
+def test_biggan_interp_golden_images_and_folding():
+    G, g = biggan_width8(), golden("biggan.json")
+    assert sum(p.numel() for p in G.parameters()) == g["parameters"]
+    folded = biggan_interp.fold(copy.deepcopy(G))
+    z = torch.from_numpy(np.clip(np.random.RandomState(g["seed"] + 1).standard_normal((3, 128)), -2, 2).astype(np.float32))
+    y = torch.tensor(g["classes"])
+    assert len(g["cases"]) == 9
+    for case in g["cases"]:
+        t = case["truncation"]
+        x = G(t * z, y, t)
+        assert list(x.shape) == case["shape"]
+        assert (x.flatten()[case["at"]] - torch.tensor(case["values"])).abs().max() < 1e-4, t
+        for name, value in (("mean", x.double().mean()), ("std", x.double().std()), ("norm", x.double().norm())):
+            assert abs(value.item() - case[name]) < 1e-4 * max(1, abs(case[name])), (t, name)
+        assert (folded(t * z, y, t) - x).abs().max() < 1e-5
+        assert (G(t * z, G.embed(y), t) - x).abs().max() < 1e-6                # classes or their embeddings
+    for wrong in (0.0, -0.5, 1.01):
+        with pytest.raises(ValueError, match="truncation"):
+            G(z, y, wrong)
+
+
+@pytest.mark.parametrize("size, parameters", [(128, 50_388_609), (256, 55_880_833), (512, 56_163_905)])
+def test_biggan_interp_parameter_counts_and_keys(size, parameters):
+    with torch.device("meta"):
+        G = biggan_interp.Generator(biggan_interp.Config(size=size))
+        assert sum(p.numel() for p in G.parameters()) == parameters
+        if size == 128:
+            assert biggan_interp.Config() == biggan_interp.Config(size=128)
+            assert {k: list(v.shape) for k, v in G.state_dict().items()} == golden("biggan128_keys.json")
+
+
+def test_biggan_interp_full_size_image_in_under_a_second():
+    G = biggan_interp.fold(biggan_interp.Generator().requires_grad_(False))
+    z, y, seconds = biggan_interp.truncated_noise(1, 128, 0.4), torch.tensor([282]), []
+    for _ in range(3):
+        start = time.monotonic()
+        assert G(z, y, 0.4).shape == (1, 3, 128, 128)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1
+
+
+def test_biggan_interp_spectral_norm_is_the_largest_singular_value():
+    torch.manual_seed(0)
+    for layer in (biggan_interp.Spectral(24, 10), biggan_interp.Spectral(16, 8, 3, 3)):
+        layer.weight_orig.data.normal_()
+        layer.power_iteration(300)
+        sigma = torch.linalg.svdvals(layer.weight_orig.detach().flatten(1))[0]
+        layer.eval()
+        assert torch.allclose(layer.weight() * sigma, layer.weight_orig, atol=1e-4)
+        assert abs(torch.linalg.svdvals(layer.weight().detach().flatten(1))[0] - 1) < 1e-4
+        before = layer.weight_u.clone()
+        layer.weight()
+        assert torch.equal(before, layer.weight_u)                            # eval: no power iteration
+        layer.train().weight()
+        assert not torch.equal(before, layer.weight_u) or torch.allclose(before, layer.weight_u, atol=1e-5)
+        x = torch.randn(2, *layer.weight_orig.shape[1:2], *([5, 5] if layer.weight_orig.dim() == 4 else []))
+        assert torch.equal(layer.eval()(x, out=3), layer(x)[:, :3]) or torch.allclose(layer(x, out=3), layer(x)[:, :3], atol=1e-6)
+
+
+def test_biggan_interp_conditional_batch_norm_is_its_equation():
+    torch.manual_seed(0)
+    bn = biggan_interp.BatchNorm(4, 6, biggan_interp.Config(n_stats=51)).eval()
+    bn.running_means.normal_(), bn.running_vars.uniform_(0.5, 2)
+    x, cond = torch.randn(3, 4, 2, 2), torch.randn(3, 6)
+    scale, offset = cond @ bn.scale.weight().T, cond @ bn.offset.weight().T
+    for t, mean, var in ((0.4, bn.running_means[20], bn.running_vars[20]),
+                         (0.43, bn.running_means[21:23].mean(0), bn.running_vars[21:23].mean(0)),
+                         (0.415, 0.75 * bn.running_means[20] + 0.25 * bn.running_means[21],       # weights swapped
+                          0.75 * bn.running_vars[20] + 0.25 * bn.running_vars[21])):
+        xhat = (x - mean[:, None, None]) / (var[:, None, None] + 1e-4).sqrt()
+        assert torch.allclose(bn(x, t, cond), xhat * (1 + scale)[..., None, None] + offset[..., None, None], atol=1e-5), t
+
+
+def test_biggan_interp_truncated_noise_has_the_exact_law():
+    z = biggan_interp.truncated_noise(2000, 100, 1.0, seed=3).double().flatten()
+    assert z.abs().max() <= 2 and z.abs().max() > 1.999
+    cdf = lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2)))
+    exact = np.array([(cdf(v) - cdf(-2)) / (cdf(2) - cdf(-2)) for v in np.linspace(-2, 2, 81)])
+    empirical = np.searchsorted(np.sort(z.numpy()), np.linspace(-2, 2, 81)) / len(z)
+    assert np.abs(exact - empirical).max() < 1.95 / math.sqrt(len(z))         # Kolmogorov-Smirnov, p = 0.001
+    phi2 = math.exp(-2) / math.sqrt(2 * math.pi)
+    assert abs(z.var().item() - (1 - 4 * phi2 / (cdf(2) - cdf(-2)))) < 0.01
+    half = biggan_interp.truncated_noise(2000, 100, 0.5, seed=3).double().flatten()
+    assert torch.allclose(half, z / 2, atol=1e-6)
+    assert not torch.equal(half, biggan_interp.truncated_noise(2000, 100, 0.5, seed=4).double().flatten())
+
+
+# published files --------------------------------------------------------------------------------------------------
+
+def test_biggan_interp_load_published_names_the_key(tmp_path):
+    config, path = biggan_interp.Config(channel_width=8), tmp_path / "weights.bin"
+    state = biggan_interp.Generator(config).state_dict()
+    torch.save(state, path, _use_new_zipfile_serialization=False)              # the published files are plain pickles
+    G = biggan_interp.load_published(path, config)
+    wanted = biggan_interp.Generator(config).eval()
+    wanted.load_state_dict(state)
+    z, y = biggan_interp.truncated_noise(1, 128, 0.4), torch.tensor([7])
+    assert torch.allclose(G(z, y, 0.4), wanted(z, y, 0.4), atol=1e-5)
+    key = "generator.layers.3.conv_1.weight_v"
+    for change, words in (({key: None}, f"{key} is missing"), ({"generator.more": torch.zeros(1)}, "extra key generator.more"),
+                          ({key: torch.zeros(3)}, rf"{key} has shape \[3\]"), ({key: "text"}, f"{key} has shape")):
+        torch.save({k: v for k, v in {**state, **change}.items() if v is not None}, path)
+        with pytest.raises(data.UserError, match=words):
+            biggan_interp.load_published(path, config)
+    whole = path.read_bytes()
+    for cut in (len(whole) // 2, 100, 0):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(data.UserError, match="cut off"):
+            biggan_interp.load_published(path, config)
+
+
+def test_biggan_interp_command_line_errors(tmp_path):
+    """One line on stderr and exit code 2, nothing written."""
+    script = Path(biggan_interp.__file__).resolve()
+    torch.save({"embeddings.weight": torch.zeros(128, 1000)}, tmp_path / "biggan-deep-128-pytorch_model.bin")
+    env = dict(os.environ, DATA_DIR=str(tmp_path), OMP_NUM_THREADS="1", DOWNLOADS=str(tmp_path / "downloads"))
+    r = subprocess.run([sys.executable, script, "--model", "published"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 2 and "generator.gen_z.weight_orig is missing" in r.stderr and r.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--size", "7"], "--size 7"), (["--model", "big"], "auto, published or small"), (["--classes", "a"], "two classes"),
+    (["--truncation", "0"], "truncation"), (["--bogus", "1"], "--bogus"), (["--steps", "-1"], "--steps"),
+    (["--model", "small", "--classes", "blue hair", "3"], "ambiguous; near: blue hair gray eyes"),
+    (["--model", "small", "--steps", "0", "--out", "{tmp}/o"], "no small BigGAN of seed 0")])
+def test_biggan_interp_main_refuses(argv, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
+    with pytest.raises(data.UserError, match=words):
+        biggan_interp.main([a.replace("{tmp}", str(tmp_path)) for a in argv])
+
+
+def test_biggan_interp_no_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(data, "download", lambda url, *_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    cfg = biggan_interp.Run(model="published", size=256)
+    with pytest.raises(data.UserError) as e:
+        biggan_interp.choose_model(cfg)
+    for part in ("https://s3.amazonaws.com", "biggan-deep-256", "224 MiB", str(tmp_path), "--model small"):
+        assert part in str(e.value)
+    assert biggan_interp.choose_model(biggan_interp.Run()) is None and "small BigGAN" in capsys.readouterr().out
+    names = biggan_interp.imagenet_names()
+    assert names[282] == "tiger cat" and names[5] == "class 5" and len(names) == 1000
+
+
+# t-SNE ------------------------------------------------------------------------------------------------------------
+
+def mixture(n=1000):
+    r = np.random.RandomState(0)
+    c = r.randn(20, 128) * 1.5
+    return torch.from_numpy(c[r.randint(0, 20, n)] + r.randn(n, 128))
+
+
+def test_biggan_interp_tsne_affinities():
+    x = mixture(300)
+    for perplexity in (5, 30):
+        p = biggan_interp.conditional(x, perplexity)
+        assert torch.allclose(p.sum(1), torch.ones(300, dtype=p.dtype)) and p.diagonal().abs().max() == 0
+        H = -torch.where(p > 0, p * p.clamp(min=1e-300).log(), 0.0).sum(1)
+        assert (H.exp() - perplexity).abs().max() < 1e-3
+        d2 = torch.cdist(x, x).square()                                       # ln p_{j|i} is linear in the distance
+        slope = (p[0, 2].log() - p[0, 1].log()) / (d2[0, 1] - d2[0, 2])
+        assert torch.allclose(p[0, 1:].log() - p[0, 1].log(), slope * (d2[0, 1] - d2[0, 1:]), atol=1e-6)
+    P = biggan_interp.affinities(x, 30)
+    assert torch.equal(P, P.T) and abs(P.sum() - 1) < 1e-12
+    assert torch.isfinite(biggan_interp.affinities(torch.ones(40, 3), 5)).all()    # forty equal points
+    with pytest.raises(ValueError, match="perplexity"):
+        biggan_interp.conditional(x, 299)
+
+
+def test_biggan_interp_tsne_gradient_is_autograds():
+    P = biggan_interp.affinities(mixture(150), 20)
+    y = torch.randn(150, 2, dtype=torch.float64, requires_grad=True)
+    w = 1 / (1 + (y[:, None] - y[None]).square().sum(2))                      # eq. 4, written plainly
+    w = w * (1 - torch.eye(150))
+    q = w / w.sum()
+    off = ~torch.eye(150, dtype=torch.bool)
+    C = (P[off] * (P[off] / q[off]).log()).sum()
+    assert abs(C.item() - biggan_interp.kl(P, y.detach()).item()) < 1e-10
+    wanted, = torch.autograd.grad(C, y)
+    assert (biggan_interp.kl_gradient(P, y.detach()) - wanted).abs().max() < 1e-6 * wanted.abs().max()
+
+
+def test_biggan_interp_tsne_quality():
+    x = mixture()
+    y = biggan_interp.tsne(x, perplexity=30, seed=0)
+    P = biggan_interp.affinities(x, 30)
+    assert y.shape == (1000, 2) and biggan_interp.kl(P, y) <= 0.333           # scikit-learn's exact method: 0.333
+
+
+def test_biggan_interp_tsne_separates_clusters_and_repeats():
+    r = np.random.RandomState(1)
+    label = torch.from_numpy(r.randint(0, 10, 300))
+    x = torch.from_numpy(r.randn(10, 128) * 3)[label] + torch.from_numpy(r.randn(300, 128))
+    P, short, y = biggan_interp.affinities(x, 20), biggan_interp.tsne(x, 20, 5, steps=300), biggan_interp.tsne(x, 20, 5)
+    nearest = torch.cdist(y, y).fill_diagonal_(math.inf).argmin(1)
+    assert (label[nearest] == label).double().mean() >= 0.99
+    start = 1e-2 * torch.randn(300, 2, dtype=torch.float64)
+    assert biggan_interp.kl(P, start) > biggan_interp.kl(P, short) > biggan_interp.kl(P, y)
+    assert torch.equal(y, biggan_interp.tsne(x, 20, 5)) and not torch.equal(y, biggan_interp.tsne(x, 20, 6))
+
+
+# walks ------------------------------------------------------------------------------------------------------------
+
+def test_biggan_interp_ends_of_a_walk_are_the_classes_bit_for_bit():
+    G = biggan_tiny()
+    z = biggan_interp.truncated_noise(1, 32, 0.5)
+    x = biggan_interp.row(G, z, biggan_interp.between(G.embed(3), G.embed(100), biggan_interp.ALPHAS), 0.5)
+    for alpha_end, c in ((0, 3), (-1, 100)):
+        assert torch.equal(x[alpha_end], biggan_interp.row(G, z, G.embed(c)[None], 0.5)[0])
+        assert torch.equal(x[alpha_end], biggan_interp.pixels(G(z, torch.tensor([c]), 0.5))[0])
+    assert len({x[k].numpy().tobytes() for k in range(11)}) == 11
+    r = biggan_interp.between(G.embed(3), G.embed(100), [1.0, 0.25, 0.0])
+    assert torch.equal(r[0], G.embed(3)) and torch.equal(r[2], G.embed(100))
+    assert torch.allclose(r[1], 0.25 * G.embed(3) + 0.75 * G.embed(100))
+
+
+def test_biggan_interp_smoothness_pairs_and_ranks():
+    x = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    x[1], x[2], x[3] = 10, 20, 60
+    assert biggan_interp.pixels(torch.tensor([-1.0, -0.9925, 0.0, 0.999, 1.0])).tolist() == [0, 0, 128, 255, 255]
+    pixel, uneven, feature = biggan_interp.smoothness(x, lambda t: t.float().flatten(1)[:, :1])
+    assert abs(pixel - 20) < 1e-6 and abs(uneven - 2) < 1e-6 and abs(feature - 20) < 1e-6
+    r = torch.tensor([[1.0, 0], [1, 0.1], [1, 0.25], [-1, 0.2], [-1, -0.4], [0, -1]])
+    d = biggan_interp.cosine_distances(r)
+    assert torch.allclose(d[0, 5], torch.tensor(1.0, dtype=d.dtype)) and d.diagonal().abs().max() < 1e-12
+    assert biggan_interp.extreme_pairs(d, 2) == [(0, 1), (3, 4)]               # not (1, 2): 1 is taken
+    assert biggan_interp.extreme_pairs(d, 1, farthest=True) == [(2, 4)]
+    assert biggan_interp.spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
+    assert biggan_interp.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+
+
+def test_biggan_interp_class_names(tmp_path, monkeypatch):
+    names = ["goldfish", "tiger cat", "Persian cat", "tiger"]
+    assert [biggan_interp.class_index(w, names) for w in ("2", "persian CAT", "gold", "tiger")] == [2, 2, 0, 3]
+    for word, near in (("cat", r"ambiguous; near: tiger cat \[1\], Persian cat \[2\]"), ("persan cat", r"Persian cat \[2\]"),
+                       ("9", "0 to 3"), ("", "unknown"), ("-1", "unknown")):
+        with pytest.raises(data.UserError, match=near):
+            biggan_interp.class_index(word, names)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    file = tmp_path / "imagenet-simple-labels.json"
+    file.write_text(json.dumps(["crane"] * 2 + ["sunglasses" if i in (836, 837) else f"n{i}" for i in range(2, 1000)]))
+    names = biggan_interp.imagenet_names()
+    assert names[837] == "sunglasses" and names[836] == "sunglasses (836)" and names[2] == "great white shark"
+    file.write_text("[1, 2]")
+    with pytest.raises(data.UserError, match="no list of 1000 names"):
+        biggan_interp.imagenet_names()
+    assert [biggan_interp.imagenet_group(i) for i in (1, 10, 181, 282, 837, 999)] == \
+        ["fish", "bird", "dog", "wolf, cat, bear", "artefact", "artefact"]
+
+
+# the small BigGAN -------------------------------------------------------------------------------------------------
+
+def test_biggan_interp_hinge_loss_and_projection():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
+    assert biggan_interp.d_loss(real, fake).item() == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1 + 4) / 3)
+    assert biggan_interp.d_loss(torch.zeros(5), torch.zeros(5)).item() == 2
+    assert biggan_interp.g_loss(fake).item() == pytest.approx(-1 / 3)
+    torch.manual_seed(0)
+    D, x = biggan_interp.Discriminator(132, h=8).eval(), torch.rand(2, 3, 32, 32) * 2 - 1
+    y, other = torch.tensor([3, 100]), torch.tensor([50, 4])
+    h = D.phi(x).sum((2, 3))
+    v = D.v.weight()
+    assert torch.allclose(D(x, y) - D(x, other), ((v[y] - v[other]) * h).sum(1), atol=1e-5)
+    assert D(x, y).shape == (2,)
+
+
+def test_biggan_interp_statistics_tables_hold_what_the_batch_had():
+    torch.manual_seed(0)
+    G = biggan_interp.fold(biggan_interp.Generator(biggan_interp.SMALL).requires_grad_(False))
+    torch.nn.init.normal_(G.embeddings.weight)
+    biggan_interp.fill_statistics(G, rows=[25], per_class=1)
+    z, y = biggan_interp.truncated_noise(132, 32, 0.5, seed=25), torch.arange(132)
+    frozen = G(z, y, 0.5)
+    assert torch.allclose(frozen, G.train()(z, y), atol=1e-4)                 # with the statistics of this very batch
+    G.eval()
+    assert torch.equal(G.generator["bn"].running_means[24], torch.zeros(16 * 2))    # other rows are untouched
+    assert (G(z, y, 0.4) - frozen).abs().max() > 1e-3
+
+
+def biggan_faces(n=300):
+    images, labels = data.draw_faces("a", n, 0, 32)
+    return torch.from_numpy(images.copy()), torch.from_numpy(labels)
+
+
+def test_biggan_interp_training_resumes_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(biggan_interp, "BATCH", 8)
+    monkeypatch.setattr(biggan_interp, "sampler", lambda G, rows=None: biggan_interp.fill_statistics(
+        biggan_interp.fold(copy.deepcopy(G)), rows or [-1], 1))               # the same, but one row and quick
+    images, labels = biggan_faces(50)
+    cfg = biggan_interp.Run(steps=4, sample_every=2, log_every=1)
+    def go(name):
+        out = data.open_run(tmp_path / name, resume=1)
+        return biggan_interp.train(cfg, images, labels, out, tmp_path / f"{name}.pt", torch.device("cpu"))
+    whole, log = go("whole")
+    save = data.save_checkpoint
+    def die(path, state):
+        save(path, state)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "save_checkpoint", die)
+    with pytest.raises(KeyboardInterrupt):
+        go("killed")
+    monkeypatch.setattr(data, "save_checkpoint", save)
+    torch.manual_seed(99)
+    again, log2 = go("killed")
+    assert torch.load(tmp_path / "killed.pt", weights_only=True)["step"] == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    assert log2.table["step"] == [1, 2, 3, 4] and log2.table["D"][2:] == pytest.approx(log.table["D"][2:], rel=1e-5)
+    assert sorted(p.name for p in (tmp_path / "killed").glob("0*.png")) == ["000002.png", "000004.png"]
+
+
+def test_biggan_interp_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    G, D = biggan_interp.Generator(biggan_interp.SMALL), biggan_interp.Discriminator(132, h=8)
+    y = torch.arange(4)
+    biggan_interp.g_loss(D(G(torch.randn(4, 32), y), y)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in [*G.parameters(), *D.parameters()])
+    assert G.embeddings.weight.grad[:, :4].abs().sum() > 0 and G.embeddings.weight.grad[:, 4:].abs().sum() == 0
+
+
+def test_biggan_interp_small_end_to_end(tmp_path, monkeypatch, capsys):
+    """The whole command for two steps: trains, keeps the network, draws every picture; then again from what was kept."""
+    images, labels = biggan_faces()
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setattr(data, "load", lambda *_: (images, labels, data.FACES))
+    classifier = fid.Classifier(3, 32, (12, 11), "classifier-faces-a", (1.0, 1.0)).eval()
+    monkeypatch.setattr(fid, "classifier", lambda *_: classifier)
+    monkeypatch.setattr(biggan_interp, "BATCH", 8)
+    monkeypatch.setattr(biggan_interp, "SMALL", dataclasses.replace(biggan_interp.SMALL, channel_width=4, n_stats=11))
+    out = tmp_path / "out"
+    argv = ["--model", "small", "--steps", "2", "--sample-every", "2", "--out", str(out)]
+    biggan_interp.main(argv)
+    pictures = {f"{n}.png" for n in "interpolation pairs noise truncation tsne classes curves 000002".split()}
+    assert {p.name for p in out.iterdir()} == pictures | {"training.gif", "log.csv", "result.json"}
+    assert [p.name for p in (tmp_path / "downloads").iterdir()] == ["biggan-small-2-0.pt"]
+    result = json.loads((out / "result.json").read_text())
+    assert {"hair accuracy", "eyes accuracy", "fid", "t-SNE KL"} <= result["metrics"].keys()
+    with pytest.raises(data.UserError, match="holds a run"):
+        biggan_interp.main(argv)
+    monkeypatch.setattr(biggan_interp, "train", None)                         # what is kept is used
+    capsys.readouterr()
+    biggan_interp.main(["--model", "small", "--steps", "0", "--classes", "blue hair red eyes", "131", "--out", str(tmp_path / "b")])
+    text = capsys.readouterr().out
+    assert "asked: blue hair red eyes > blonde hair blue eyes" in text and "attributes as asked" in text
+    (tmp_path / "downloads" / "biggan-small-2-0.pt").write_bytes(b"PK half a file")
+    with pytest.raises(data.UserError, match="delete it"):
+        biggan_interp.main(argv + ["--overwrite", "1"])
 
 
 # ---- python test_all.py bench: the textbook way and ours, measured in the same run ---------------------------------------
