@@ -10,7 +10,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -e -o pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: help dcgan mlp modes interp sweep-latent emoji anime wgan text2img mnist28 cwgan sweep-stability tips \
-        wgan-vs-dcgan modes28 fid cyclegan unit sweep-lambda seeds biggan test clean
+        wgan-vs-dcgan modes28 fid cyclegan unit sweep-lambda seeds biggan bench test clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## ?/\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -59,7 +59,7 @@ cwgan: $(VENV)  ## 15 min: conditional WGAN with gradient penalty: clothes by cl
 # The sweeps run at 32 x 32 on drawn faces, whose 132 modes (12 hair x 11 eye colours) can be counted.
 SMALL = $(if $(FULL),,--net dcgan --size 32 --h 32 --data faces-a)
 sweep-stability: $(VENV)  ## 10 min: what stops mode collapse? plain, gradient penalty, spectral norm, half lr, 5 D steps
-	run() { $(PYTHON) gan.py emoji --data faces-b --resume 1 --steps $(if $(FULL),20000,500) --out out/stability$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
+	run() { $(PYTHON) gan.py emoji --data faces-b --resume 1 $(if $(FULL),--steps 20000,--h 16 --steps 2500) --out out/stability$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
 	run 1-plain; run 2-gradient-penalty --gp 10; run 3-spectral-norm --sn 1; run 4-half-lr --lr 1.5e-4; run 5-d-steps-5 --d-steps 5
 	$(PYTHON) data.py compare out/stability$(FULL)/* --out out/sweep-stability$(FULL)
 
@@ -83,6 +83,27 @@ modes28: $(VENV)  ## 8 min: are the digits equally likely? 10,000 samples, and t
 fid: $(VENV)  ## 5 min: FID of the latest DCGAN run (FEATURES=classifier: without the 95 MB Inception weights)
 	ls out/dcgan*/last.pt > /dev/null 2>&1 || $(PYTHON) gan.py dcgan --resume 1
 	$(PYTHON) fid.py $$(ls -td out/dcgan*/last.pt | head -1) --features $(FEATURES) $(ARGS)
+
+cyclegan: $(VENV)  ## 10 min: Apple to Windows emojis and back without pairs (cartoon faces without network)
+	$(PYTHON) cyclegan.py --resume 1 $(ARGS)
+
+unit: $(VENV)  ## 15 min: UNIT, the same with one shared latent space
+	$(PYTHON) cyclegan.py --model unit --resume 1 $(ARGS)
+
+sweep-lambda: $(VENV)  ## 15 min: nine weights of the cycle loss: too low ignores the input, too high copies it
+	$(PYTHON) cyclegan.py --data faces --sweep 0,0.005,0.01,0.015,0.025,0.05,0.1,0.5,1 --steps $(if $(FULL),5000,500) \
+	  --out out/sweep-lambda$(FULL) --resume 1 $(ARGS)
+
+seeds: $(VENV)  ## 12 min: two seeds: shapes stay, colours change
+	for s in 11 1234; do $(PYTHON) cyclegan.py --data faces --seed $$s --steps $(if $(FULL),5000,2000) --out out/seeds$(FULL)/seed-$$s \
+	  --resume 1 $(ARGS); done
+	$(PYTHON) data.py compare out/seeds$(FULL)/* --out out/sweep-seeds$(FULL)
+
+biggan: $(VENV)  ## 10 min: BigGAN-deep: t-SNE of its classes and walks between them (a small one, trained here, without the weights)
+	$(PYTHON) biggan_interp.py --resume 1 $(ARGS)
+
+bench: $(VENV)  ## 12 min: the textbook loop against ours, both sides measured in the same run
+	$(PYTHON) test_all.py bench
 
 test: $(VENV)  ## 4 min: everything that is promised, tested
 	$(PYTHON) -m pytest -q -x test_all.py

@@ -927,6 +927,20 @@ def compare(folders, out):
     return "\n".join(table)
 
 
+def figure(path, files, height=420, colours=160):
+    """Pictures side by side at one height, with few enough colours for a README. Saves a PNG."""
+    try:
+        parts = [Image.open(f).convert("RGB") for f in files]
+    except OSError as e:
+        raise UserError(f"{e.filename} is missing: make its run first") from None
+    height = min(height, max(p.height for p in parts))
+    parts = [p.resize((round(p.width * height / p.height), height), Image.Resampling.LANCZOS) if p.height != height else p for p in parts]
+    page = Image.new("RGB", (sum(p.width + 8 for p in parts) - 8, height), "white")
+    for i, p in enumerate(parts):
+        page.paste(p, (sum(q.width + 8 for q in parts[:i]), 0))
+    return save(page.quantize(colours), path)
+
+
 def results(folders, readme="README.md"):
     """The README's table between its two markers, from the result.json of finished runs; means over runs <name>-s<seed>.
 
@@ -962,8 +976,12 @@ def main():
     p.add_argument("runs", nargs="+"), p.add_argument("--out", default="out/compare")
     p = sub.add_parser("results", help="the README's table from finished runs")
     p.add_argument("runs", nargs="+")
+    p = sub.add_parser("figure", help="pictures side by side, small enough for a README")
+    p.add_argument("out"), p.add_argument("files", nargs="+"), p.add_argument("--height", type=int, default=420)
     a = parser.parse_args()
-    if a.do == "results":
+    if a.do == "figure":
+        print(f"wrote {figure(a.out, a.files, a.height)}")
+    elif a.do == "results":
         print(results(a.runs) + "\nwrote README.md")
     elif a.do == "show":
         images = choose(a.name, a.size)[1]

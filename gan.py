@@ -71,7 +71,7 @@ class Config:
 
 
 EMOJI = dict(data="emoji-apple,faces-b", net="emoji", channels=3, z=100, h=32, noise="uniform", loss="lsgan", lr=3e-4,
-             decay=0, batch=32, steps=20_000, sample_every=1000)
+             decay=0, batch=32, steps=5000, sample_every=500)
 ANIME = dict(data="anime,faces-a", net="anime", size=64, channels=3, z=100, h=64, lr=2e-4, decay=0, steps=2000,
              log_every=25, sample_every=250)
 PRESETS = {  # name -> fields that differ                                  what it is, and where it comes from
@@ -84,9 +84,10 @@ PRESETS = {  # name -> fields that differ                                  what 
     "text2img": dict(ANIME, cond="ac", classes=132),                     # hair and eye colour; ACGAN (Odena 2017)
     "mnist28": dict(net="mnist28", size=28, z=100, h=32, lr=2e-4, decay=0),
     "cwgan": dict(net="mnist28", size=28, z=100, h=32, data="fashion,digits", cond="planes", classes=10, loss="wgan",
-                  gp=10., bn="G", d_steps=5, lr=2e-4, beta1=0., beta2=.9),       # Gulrajani 2017; no BN in the critic (sec. 4)
+                  gp=10., bn="G", d_steps=5, lr=5e-4, beta1=0., beta2=.9, steps=1500,
+                  sample_every=250),                                     # Gulrajani 2017; no BN in the critic (sec. 4)
     "cwgan-clip": dict(net="mnist28", size=28, z=100, h=32, data="fashion,digits", cond="planes", classes=10, loss="wgan",
-                       clip=.01, d_opt="rmsprop", d_steps=5, lr=2e-4, decay=0),
+                       clip=.01, d_opt="rmsprop", d_steps=5, lr=2e-4, decay=0, steps=3000),
 }
 # Fields that say where and how long, not what is trained: they neither name the folder nor forbid a resume.
 FREE = {"preset", "steps", "device", "samples", "show", "log_every", "sample_every", "out", "resume", "overwrite", "dump",
