@@ -10,7 +10,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -e -o pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: help dcgan mlp modes interp sweep-latent emoji anime wgan text2img mnist28 cwgan sweep-stability tips \
-        wgan-vs-dcgan modes28 fid cyclegan unit sweep-lambda seeds biggan bench test clean
+        wgan-vs-dcgan modes28 fid cyclegan unit sweep-lambda seeds biggan bench figures results test clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## ?/\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -104,6 +104,26 @@ biggan: $(VENV)  ## 10 min: BigGAN-deep: t-SNE of its classes and walks between 
 
 bench: $(VENV)  ## 12 min: the textbook loop against ours, both sides measured in the same run
 	$(PYTHON) test_all.py bench
+
+LAST = $$(ls $(1)/[0-9]*.png | tail -1)
+FIG = $(PYTHON) data.py figure figures/$(1).png
+figures: $(VENV)  ## 1 min: the README's pictures from finished runs
+	$(call FIG,samples) $(call LAST,out/dcgan) $(call LAST,out/text2img) $(call LAST,out/cwgan) $(call LAST,out/emoji) --height 400
+	$(call FIG,curves) out/dcgan/curves.png --height 560
+	$(call FIG,walks) out/dcgan/interpolation.png out/dcgan/classes.png --height 400
+	$(call FIG,latent) out/sweep-latent.png --height 900
+	$(call FIG,text2img) out/text2img/conditions.png --height 700
+	$(call FIG,cwgan) out/cwgan/conditions.png --height 560
+	$(call FIG,stability) out/sweep-stability.png --height 1000
+	$(call FIG,tips) out/sweep-tips.png --height 1600
+	$(call FIG,cyclegan) out/cyclegan/translations.png --height 440
+	$(call FIG,cyclegan-faces) out/cyclegan-faces/translations.png --height 560
+	$(call FIG,lambda) out/sweep-lambda/sweep.png --height 1000
+	$(call FIG,biggan) out/biggan/tsne.png out/biggan/interpolation.png --height 500
+
+results: $(VENV)  ## 1 min: the README's table from finished runs
+	$(PYTHON) data.py results $(wildcard out/dcgan out/mlp out/emoji out/text2img out/text2img-faces out/cwgan out/modes28/mnist28 \
+	  out/cyclegan out/cyclegan-faces out/unit out/biggan)
 
 test: $(VENV)  ## 4 min: everything that is promised, tested
 	$(PYTHON) -m pytest -q -x test_all.py

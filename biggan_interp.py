@@ -8,6 +8,11 @@ a class that was in no training set; G(z, r) at a fixed z shows what the network
 generator written out for the published weights (128, 256, 512); a small one of the same code, trained below on drawn
 faces whose classes are 12 hair x 11 eye colours; t-SNE (van der Maaten & Hinton 2008); walks between classes, between
 noise vectors and along the truncation.
+
+Measured: `--model small`, seed 0, one thread of an AMD EPYC that other programs used too: 2000 steps in 7:16 minutes;
+hair 100.0% and eyes 99.8% as asked (n = 2640), FID 0.73 (classifier-faces-a-32, n = 2640; floor 0.81 at n = 1000, not
+comparable: FID falls with n), precision only 0.15, recall 0.72: the hair is visibly noisier than in the drawings.
+On the t-SNE map 99% of the classes have a nearest neighbour of the same hair.
 """
 import copy, dataclasses, difflib, json, math, sys, time
 from dataclasses import dataclass
@@ -669,10 +674,11 @@ def attribute_metrics(G, net, device, per_class=20, seed=1):
     y = torch.arange(132, device=device).repeat(per_class)
     x = sample(G, truncated_noise(len(y), G.config.z_dim, 1.0, seed).to(device), y)
     hair, eyes = ((a == b).double().mean().item() for a, b in zip(net.attributes(x), (y.cpu() // 11, y.cpu() % 11)))
-    images, test = data.load("faces-a", 32)[0], data.load("faces-a", 32, "test")[0]
+    score = fid.score(net, data.load("faces-a", 32)[0], x, data.load("faces-a", 32, "test")[0])
     print(f"hair     {100 * hair:.1f}% as asked, eyes {100 * eyes:.1f}% (n = {len(x)}; the classifier on real test "
-          f"images: {' / '.join(f'{100 * a:.1f}%' for a in net.accuracy)})")
-    return {"hair accuracy": hair, "eyes accuracy": eyes, **fid.score(net, images, x, test)}
+          f"images: {' / '.join(f'{100 * a:.1f}%' for a in net.accuracy)}); precision {score['precision']:.2f}, "
+          f"recall {score['recall']:.2f}")
+    return {"hair accuracy": hair, "eyes accuracy": eyes, **score}
 
 
 def pairs_report(cfg, G, names, pairs, net, out, device):
