@@ -59,7 +59,7 @@ cwgan: $(VENV)  ## 15 min: conditional WGAN with gradient penalty: clothes by cl
 # The sweeps run at 32 x 32 on drawn faces, whose 132 modes (12 hair x 11 eye colours) can be counted.
 SMALL = $(if $(FULL),,--net dcgan --size 32 --h 32 --data faces-a)
 sweep-stability: $(VENV)  ## 10 min: what stops mode collapse? plain, gradient penalty, spectral norm, half lr, 5 D steps
-	run() { $(PYTHON) gan.py emoji --data faces-b --resume 1 $(if $(FULL),--steps 20000,--h 16 --steps 2500) --out out/stability$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
+	run() { $(PYTHON) gan.py emoji --data faces-a --resume 1 $(if $(FULL),--steps 20000,--h 16 --steps 2000) --out out/stability$(FULL)/$$1 "$${@:2}" $(ARGS); }; \
 	run 1-plain; run 2-gradient-penalty --gp 10; run 3-spectral-norm --sn 1; run 4-half-lr --lr 1.5e-4; run 5-d-steps-5 --d-steps 5
 	$(PYTHON) data.py compare out/stability$(FULL)/* --out out/sweep-stability$(FULL)
 

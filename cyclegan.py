@@ -450,7 +450,8 @@ def train(cfg, a, b, out, device):
                 row = {"D": loss_D, "G": terms["gan"], "D(x)": probability(real.float()).mean(),
                        "z1": probability(fake.float()).mean(), "z2": probability(fake2.float()).mean(),
                        "|dD|": grad_norm(D), "|dG|": grad_norm(G), "cycle": (l1(x_a, back_a) + l1(x_b, back_b)) / 2}
-                row |= {k: terms[k] for k in ("rec", "kl", "cycle_kl", "identity") if k in terms}
+                share = dict(rec=4, kl=2, cycle_kl=2, identity=4 * x_a[0].numel())       # means over styles and pixels,
+                row |= {k: terms[k] / n for k, n in share.items() if k in terms}         # an L1 of 1 is black to white
                 if paired(a, b):                                        # on test pictures, against the true answer
                     t_a, t_b = (to_float(s.test[:100].to(device)) for s in (a, b))
                     row |= {"L1 ab": l1(translate(G, t_a, "ab"), t_b), "L1 ba": l1(translate(G, t_b, "ba"), t_a)}
@@ -539,9 +540,9 @@ def direction_metrics(G, x, y, way, size):
 
 PANELS = [("losses (GAN terms)", ["D", "G"]),
           ("D of real, of fake before (z1) and after (z2) its step", ["D(x)", "z1", "z2"]),
-          ("L1 of cycle and of reconstruction, black 0, white 1", ["cycle", "rec"]),
+          ("L1 of cycle, reconstruction, identity; black 0, white 1", ["cycle", "rec", "identity"]),
           ("L1 to the true picture, test", ["L1 ab", "L1 ba"]), ("gradient norms", ["|dD|", "|dG|"]),
-          ("UNIT's KL terms", ["kl", "cycle_kl"])]
+          ("UNIT's mean mu^2, direct and of the cycle", ["kl", "cycle_kl"])]
 
 
 def evaluate(cfg, G, D, step, log, a, b, out, device):

@@ -70,7 +70,7 @@ class Config:
     prompt: str = ""                # text2img: "blue hair green eyes" gives a row of such faces
 
 
-EMOJI = dict(data="emoji-apple,faces-b", net="emoji", channels=3, z=100, h=32, noise="uniform", loss="lsgan", lr=3e-4,
+EMOJI = dict(data="emoji-apple,faces-a", net="emoji", channels=3, z=100, h=32, noise="uniform", loss="lsgan", lr=3e-4,
              decay=0, batch=32, steps=5000, sample_every=500)
 ANIME = dict(data="anime,faces-a", net="anime", size=64, channels=3, z=100, h=64, lr=2e-4, decay=0, steps=2000,
              log_every=25, sample_every=250)
