@@ -14,8 +14,7 @@ hair 100.0% and eyes 99.8% as asked (n = 2640), FID 0.73 (classifier-faces-a-32,
 comparable: FID falls with n), precision only 0.15, recall 0.72: the hair is visibly noisier than in the drawings.
 On the t-SNE map 99% of the classes have a nearest neighbour of the same hair.
 """
-import copy, dataclasses, difflib, json, math, sys, time
-from dataclasses import dataclass
+import contextlib, copy, dataclasses, difflib, json, math, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
-import fid
+import data, fid
 from data import UserError, to_float
 
-
-@dataclass
+@dataclasses.dataclass
 class Run:
     classes: tuple = ()             # two classes to walk between, by name or index, instead of the built-in pairs
     model: str = "auto"             # published (ImageNet), small (faces, trained here), auto: the former if to be had
@@ -46,16 +43,13 @@ class Run:
 
 # ---- the generator: BigGAN-deep (Brock 2019, appendix B) -----------------------------------------------------------
 
-BLOCKS = {  # picture size -> (upsample?, channels in, channels out) in multiples of the channel width
-    32: [(1, 8, 8), (1, 8, 4), (1, 4, 2)],                                # ours, for a CPU
-    128: [(0, 16, 16), (1, 16, 16), (0, 16, 16), (1, 16, 8), (0, 8, 8), (1, 8, 4), (0, 4, 4), (1, 4, 2), (0, 2, 2),
-          (1, 2, 1)],
-    256: [(0, 16, 16), (1, 16, 16), (0, 16, 16), (1, 16, 8), (0, 8, 8), (1, 8, 8), (0, 8, 8), (1, 8, 4), (0, 4, 4),
-          (1, 4, 2), (0, 2, 2), (1, 2, 1)]}
-BLOCKS[512] = BLOCKS[256] + [(0, 1, 1), (1, 1, 1)]
+CHANNELS = {  # picture size -> channels of its stages in multiples of the channel width; 32 is ours, for a CPU
+    32: [8, 8, 4, 2], 128: [16, 16, 8, 4, 2, 1], 256: [16, 16, 8, 8, 4, 2, 1], 512: [16, 16, 8, 8, 4, 2, 1, 1]}
+BLOCKS = {  # -> (upsample?, channels in, channels out); the published ones have a block that keeps the size before each
+    size: [block for a, b in zip(c, c[1:]) for block in ([] if size == 32 else [(0, a, a)]) + [(1, a, b)]]
+    for size, c in CHANNELS.items()}
 
-
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Sizes of the generator; the defaults are the published 128 x 128 model, size=256 and 512 the other two."""
     size: int = 128
@@ -66,7 +60,6 @@ class Config:
     attention_layer_position: int = 8  # self-attention stands before this block
     n_stats: int = 51                  # rows of the batch-norm tables: one every 1 / (n_stats - 1) of truncation
     eps: float = 1e-4
-
 
 class Spectral(nn.Module):
     """A linear layer (shape (out, in)) or a convolution ((out, in, k, k)) with weight W / sigma(W), W as a matrix of
@@ -102,7 +95,6 @@ class Spectral(nn.Module):
         W, b = self.weight()[:out], None if self.bias is None else self.bias[:out]
         return F.linear(x, W, b) if W.dim() == 2 else F.conv2d(x, W, b, self.stride, self.padding)
 
-
 class BatchNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * (1 + scale(cond)) + offset(cond); without cond_dim a plain weight and bias.
     While training the statistics are the batch's; else they are looked up in a table, one row a truncation, because
@@ -113,22 +105,17 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_means", torch.zeros(config.n_stats, channels))
         self.register_buffer("running_vars", torch.ones(config.n_stats, channels))
         if cond_dim:
-            self.scale = Spectral(channels, cond_dim, bias=False)
-            self.offset = Spectral(channels, cond_dim, bias=False)
+            self.scale, self.offset = (Spectral(channels, cond_dim, bias=False) for _ in range(2))
         else:
-            self.weight = nn.Parameter(torch.ones(channels))
-            self.bias = nn.Parameter(torch.zeros(channels))
+            self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def statistics(self, truncation):
         """mean (C,), var (C,) for 0 < truncation <= 1."""
         coef, i = math.modf(truncation / (1 / (len(self.running_means) - 1)))
-        i = int(i)
-        if coef == 0:
-            return self.running_means[i], self.running_vars[i]
         # A quirk of the published code, kept because its pictures depend on it: linear interpolation would weigh the
         # lower row with 1 - coef, it weighs it with coef.
-        return (self.running_means[i] * coef + self.running_means[i + 1] * (1 - coef),
-                self.running_vars[i] * coef + self.running_vars[i + 1] * (1 - coef))
+        return [s[int(i)] if coef == 0 else s[int(i)] * coef + s[int(i) + 1] * (1 - coef)
+                for s in (self.running_means, self.running_vars)]
 
     def forward(self, x, truncation, cond=None):
         gain, offset = (self.weight, self.bias) if cond is None else (1 + self.scale(cond), self.offset(cond))
@@ -138,7 +125,6 @@ class BatchNorm(nn.Module):
         mean, var = (s.view(1, -1, 1, 1) for s in self.statistics(truncation))
         gain = gain * (var + self.eps).rsqrt()
         return torch.addcmul(offset - mean * gain, x, gain)
-
 
 class Block(nn.Module):
     """1x1 down to a quarter of the channels, two 3x3, 1x1 up again; the skip drops channels instead of convolving."""
@@ -153,16 +139,11 @@ class Block(nn.Module):
     def forward(self, x, truncation, cond):
         h = self.conv_0(F.relu(self.bn_0(x, truncation, cond)))
         h = F.relu(self.bn_1(h, truncation, cond))
-        if self.up:
-            h = F.interpolate(h, scale_factor=2)  # nearest
-        h = self.conv_1(h)
+        h = self.conv_1(F.interpolate(h, scale_factor=2) if self.up else h)  # nearest
         h = self.conv_2(F.relu(self.bn_2(h, truncation, cond)))
         h = self.conv_3(F.relu(self.bn_3(h, truncation, cond)))
         x = x[:, :self.n_out]  # the first channels; all of them where n_in == n_out
-        if self.up:
-            x = F.interpolate(x, scale_factor=2)
-        return x + h
-
+        return (F.interpolate(x, scale_factor=2) if self.up else x) + h
 
 class Attention(nn.Module):
     """Self-attention (Zhang 2019, section 3) at the resolution of x, keys and values pooled by 2."""
@@ -182,21 +163,17 @@ class Attention(nn.Module):
         o = (g @ attention.transpose(1, 2)).unflatten(2, x.shape[2:])  # (N, C/2, H, W)
         return x + self.gamma * self.snconv1x1_o_conv(o)
 
-
 class Generator(nn.Module):
     """G(z, classes or embeddings, truncation) -> (N, 3, size, size) in [-1, 1].
-
     z (N, z_dim) is already truncated (see truncated_noise); classes (N,) int64 or their embeddings (N,
     class_embed_dim); 0 < truncation <= 1 chooses the batch-norm statistics only. Names of the parameters are those
     of the published files (pytorch-pretrained-BigGAN)."""
     def __init__(self, config=Config()):
         super().__init__()
         ch, cond_dim = config.channel_width, config.z_dim + config.class_embed_dim
-        blocks = BLOCKS[config.size]
+        self.config, blocks, at = config, BLOCKS[config.size], config.attention_layer_position
         layers = [Block(up, n_in * ch, n_out * ch, cond_dim, config) for up, n_in, n_out in blocks]
-        at = config.attention_layer_position
         layers.insert(at, Attention(blocks[at][1] * ch))
-        self.config = config
         self.embeddings = nn.Linear(config.num_classes, config.class_embed_dim, bias=False)  # W: (embed, classes)
         self.generator = nn.ModuleDict({
             "gen_z": Spectral(4 * 4 * blocks[0][1] * ch, cond_dim),
@@ -219,17 +196,17 @@ class Generator(nn.Module):
         # Another one: the last layer has as many outputs as inputs, and the first three are the picture.
         return torch.tanh(net["conv_to_rgb"](F.relu(net["bn"](h, truncation)), out=3))  # (N, 3, size, size)
 
-
 @torch.no_grad()
-def fold(net):
-    """Divide every spectrally normalised weight by its sigma, once and for all; same output, no division a call."""
+def fold(net, iterations=0):
+    """Divide every spectrally normalised weight by its sigma, once and for all; same output, no division a call.
+    iterations: power iterations before, for weights that u and v do not belong to."""
     net.eval()
     for layer in net.modules():
         if isinstance(layer, Spectral):
+            layer.power_iteration(iterations)
             layer.weight_orig.copy_(layer.weight())
             layer.folded = True
     return net
-
 
 def truncated_noise(n, z_dim, truncation=1.0, seed=0):
     """truncation * N(0, 1) conditioned on [-2, 2], (n, z_dim) float32, by the inverse of the cumulative distribution:
@@ -242,24 +219,20 @@ def truncated_noise(n, z_dim, truncation=1.0, seed=0):
 # ---- the published weights -----------------------------------------------------------------------------------------
 
 S3 = "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-{}-pytorch_model.bin"
-MIRRORS = {128: ("https://huggingface.co/osanseviero/BigGAN-deep-128/resolve/main/pytorch_model.bin",
-                 "b86146a8cfcde4cda135adba4b2806f78b3abe2dac9d0fd090cc3ab318604ad9")}
+MIRRORS = {128: [("https://huggingface.co/osanseviero/BigGAN-deep-128/resolve/main/pytorch_model.bin",
+                  "b86146a8cfcde4cda135adba4b2806f78b3abe2dac9d0fd090cc3ab318604ad9")]}  # (url, sha256)
 MEGABYTES = {128: 201, 256: 224, 512: 225}
-
 
 def fetch_published(size):
     """Path of the published state dict, from disk or the network; data.Unavailable says what to put where."""
     name, words = S3.format(size).split("/")[-1], f"{MEGABYTES[size]} MiB"
     try:
         return data.fetch(name, [S3.format(size)], size=words)
-    except data.Unavailable as e:
-        if size not in MIRRORS:
-            raise
-        try:
-            return data.fetch(name, [MIRRORS[size][0]], MIRRORS[size][1], words)
-        except data.Unavailable:
-            raise e from None
-
+    except data.Unavailable:
+        for url, sha256 in MIRRORS.get(size, []):
+            with contextlib.suppress(data.Unavailable):
+                return data.fetch(name, [url], sha256, words)
+        raise
 
 def load_published(path, config=Config()):
     """Generator from a published state dict, spectral norms folded. UserError names the first key that does not fit."""
@@ -269,14 +242,14 @@ def load_published(path, config=Config()):
         raise UserError(f"{path} is cut off or no state dict; delete it and run again, or take --model small") from None
     with torch.device("meta"):                                            # shapes only: the file brings the numbers
         G = Generator(config)
-    for key, wanted in G.state_dict().items():
+    wanted, wrong = G.state_dict(), f"{path} is not BigGAN-deep-{config.size}:"
+    for key, w in wanted.items():
         if key not in state:
-            raise UserError(f"{path} is not BigGAN-deep-{config.size}: key {key} is missing")
-        if getattr(state[key], "shape", None) != wanted.shape:
-            raise UserError(f"{path} is not BigGAN-deep-{config.size}: {key} has shape "
-                            f"{list(getattr(state[key], 'shape', []))}, not {list(wanted.shape)}")
-    if extra := sorted(map(str, state.keys() - G.state_dict().keys())):
-        raise UserError(f"{path} is not BigGAN-deep-{config.size}: it has an extra key {extra[0]}")
+            raise UserError(f"{wrong} key {key} is missing")
+        if (shape := getattr(state[key], "shape", ())) != w.shape:
+            raise UserError(f"{wrong} {key} has shape {list(shape)}, not {list(w.shape)}")
+    if extra := sorted(map(str, state.keys() - wanted.keys())):
+        raise UserError(f"{wrong} it has an extra key {extra[0]}")
     G.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)      # without a second copy of 200 MB
     return fold(G.requires_grad_(False))
 
@@ -286,12 +259,9 @@ def load_published(path, config=Config()):
 SMALL = Config(size=32, z_dim=32, class_embed_dim=64, channel_width=16, num_classes=132, attention_layer_position=2)
 BATCH, LR, BETAS, EMA = 64, 1e-3, (0.0, 0.99), 0.999
 
-
 class Discriminator(nn.Module):
     """Projection discriminator (Miyato & Koyama 2018, eq. 4): D(x, y) = v_y . phi(x) + psi(phi(x)), a logit (N,).
-
     x (N, 3, 32, 32) in [-1, 1], y (N,) int64. Every layer is spectrally normalised, v_y included; no batch norm."""
-
     def __init__(self, classes, h=32):
         super().__init__()
         self.phi = nn.Sequential(Spectral(h, 3, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.1),          # 32 -> 16
@@ -303,21 +273,17 @@ class Discriminator(nn.Module):
         h = self.phi(x).sum((2, 3))                                       # (N, 3, 32, 32) -> (N, 4h)
         return self.psi(h)[:, 0] + (self.v.weight()[y] * h).sum(1)
 
-
 def d_loss(real, fake):
     """Hinge loss (Lim & Ye 2017): E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))); 2 at D = 0."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
 
 def g_loss(fake):
     """-E D(G(z))."""
     return -fake.mean()
 
-
 @torch.no_grad()
 def fill_statistics(G, rows=None, per_class=2):
     """Fill the batch-norm tables of a folded G: run it at each truncation and note every layer's mean and variance.
-
     The tables of the published files came about in the same way. rows: only these rows; the last is truncation 1."""
     norms = [m for m in G.train().modules() if isinstance(m, BatchNorm)]
     y = torch.arange(G.config.num_classes, device=norms[0].running_vars.device).repeat(per_class)
@@ -330,26 +296,21 @@ def fill_statistics(G, rows=None, per_class=2):
             hook.remove()
     return G.eval()
 
-
 def sampler(G_ema, rows=None):
     """The network that samples are drawn from: a copy of the averaged G, folded, with statistics of its own weights."""
-    G = copy.deepcopy(G_ema)
-    for layer in G.modules():
-        if isinstance(layer, Spectral):                                   # u and v of the average are not averages
-            layer.power_iteration(50)
-    return fill_statistics(fold(G), rows)
-
+    return fill_statistics(fold(copy.deepcopy(G_ema), 50), rows)          # u and v of the average are not averages
 
 def pixels(x):
     """[-1, 1] -> uint8 as the published code does: (x + 1) / 2 * 256, clipped and cut, where 127.5 would be rounded."""
     return (x.float() + 1).mul(128).clamp(0, 255).byte()
 
-
 @torch.no_grad()
-def sample(G, z, y, truncation=1.0):
-    """Images uint8 (N, 3, H, W) on the CPU for noise (N, z_dim), classes or embeddings (N, ...); by the hundred."""
-    return torch.cat([pixels(G(a, b, truncation)).cpu() for a, b in zip(z.split(100), y.split(100))])
-
+def sample(G, z, y, truncation=1.0, by=100):
+    """Images uint8 (n, 3, H, W) on the CPU for z (n or 1, z_dim) and classes or embeddings y (n or 1, ...), `by` at a
+    time: 1 where every bit counts, since in a batch the last bits of a picture can depend on its neighbours."""
+    n = max(len(z), len(y))
+    z, y = z.expand(n, -1).split(by), y.expand(n, *y.shape[1:]).split(by)
+    return torch.cat([pixels(G(a, b, truncation)).cpu() for a, b in zip(z, y)])
 
 def train(cfg, images, labels, out, checkpoint, device):
     """Train the small BigGAN on uint8 images (N, 3, 32, 32) and labels (N,), both on the device; goes on from the file
@@ -363,8 +324,7 @@ def train(cfg, images, labels, out, checkpoint, device):
     nn.init.normal_(G.embeddings.weight, std=0.02)                        # classes start together and part in training
     G_ema = copy.deepcopy(G).requires_grad_(False)
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), LR, BETAS, fused=True) for net in (G, D))
-    parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D)
-    start = 0
+    parts, start = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D), 0
     if checkpoint.exists():
         state = data.load_checkpoint(checkpoint, device)
         for k, part in parts.items():
@@ -410,17 +370,15 @@ def train(cfg, images, labels, out, checkpoint, device):
                                 "try another --seed")
             log.write(step, (step - marked) * BATCH / (time.monotonic() - mark), **row)
             mark, marked = time.monotonic(), step
-        last = step == cfg.steps or bool(stop)
-        if last or step % cfg.sample_every == 0:
+        if stop or step == cfg.steps or step % cfg.sample_every == 0:
             data.save(data.grid(sample(sampler(G_ema, [-1]), grid_z, grid_y), 11), out / f"{step:06d}.png")
             data.save_checkpoint(checkpoint, dict({k: v.state_dict() for k, v in parts.items()}, step=step,
                                                   rng=data.rng_state()))
             mark, marked = time.monotonic(), step
-        if stop:
-            print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
-            raise KeyboardInterrupt
+            if stop:
+                print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
+                raise KeyboardInterrupt
     return sampler(G_ema), log
-
 
 def small(cfg, out, device):
     """The small BigGAN of cfg.seed from downloads/, or trained now and kept there. Returns (G, log or None)."""
@@ -449,7 +407,6 @@ def small(cfg, out, device):
 
 def conditional(x, perplexity):
     """p_{j|i} = exp(-beta_i |x_i - x_j|^2) / sum_k (eq. 1, beta = 1 / 2 sigma^2), (n, d) -> (n, n) float64, diagonal 0.
-
     beta_i by bisection, all rows at once, until row i's perplexity 2^H = exp(H in nats) is the wanted one (sec. 2)."""
     n, x = len(x), x.double()
     if not 1 < perplexity < n - 1:
@@ -458,8 +415,7 @@ def conditional(x, perplexity):
     d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()[others].view(n, n - 1)
     d2 = d2 - d2.amin(1, keepdim=True)                                    # the same p, and no underflow of all of them
     d2 = d2 / d2.mean(1, keepdim=True).clamp(min=1e-300)
-    low = torch.full_like(d2[:, :1], -20.0)                               # bounds of ln beta, (n, 1)
-    high = -low
+    low, high = (torch.full_like(d2[:, :1], v) for v in (-20.0, 20.0))    # bounds of ln beta, (n, 1)
     for _ in range(50):                                                   # leaves 40 / 2^50
         middle = (low + high) / 2
         e = (-middle.exp() * d2).exp()
@@ -471,18 +427,15 @@ def conditional(x, perplexity):
     p[others] = (e / total).flatten()
     return p
 
-
 def affinities(x, perplexity=30.0):
     """P (n, n), sums to 1: p_ij = (p_{j|i} + p_{i|j}) / 2n (section 3.1)."""
     p = conditional(x, perplexity)
     return (p + p.T) / (2 * len(p))
 
-
 def student(y):
     """w_ij = 1 / (1 + |y_i - y_j|^2), (n, 2) -> (n, n), diagonal 0; q_ij = w_ij / sum w (eq. 4)."""
     s = y.square().sum(1)
     return torch.addmm(s[:, None] + 1, y, y.T, alpha=-2).add_(s).clamp_(min=1).fill_diagonal_(math.inf).reciprocal()
-
 
 def kl(P, y):
     """C = KL(P || Q) = sum p_ij log p_ij / q_ij (section 3)."""
@@ -490,18 +443,15 @@ def kl(P, y):
     q = w / w.sum()
     return torch.where(P > 0, P * (P.clamp(min=1e-300) / q.clamp(min=1e-300)).log(), 0.0).sum()
 
-
 def kl_gradient(P, y):
     """dC/dy_i = 4 sum_j (p_ij - q_ij) w_ij (y_i - y_j) (eq. 5), (n, 2)."""
     w = student(y)
     f = torch.addcdiv(P, w, w.sum(), value=-1).mul_(w)                    # (p - q) w
     return 4 * (f.sum(1, keepdim=True) * y - f @ y)
 
-
 @torch.no_grad()
 def tsne(x, perplexity=30.0, seed=0, steps=1000):
     """Map points (n, d) to the plane, neighbours to neighbours -> (n, 2) float64; the same seed, the same map.
-
     Section 3.4: start from N(0, 1e-4 I), momentum 0.5 then 0.8, gains of Jacobs (1988). Early exaggeration 12 for 250
     steps (van der Maaten 2014) where the paper has 4 for 50. Exact: n^2 work and memory a step."""
     P = affinities(x, perplexity)
@@ -530,7 +480,6 @@ GROUPS = [(0, "fish"), (7, "bird"), (25, "reptile, frog"), (69, "insect, spider"
           (398, "artefact"), (924, "food, plant"), (970, "landscape"), (981, "artefact"), (984, "food, plant"),
           (999, "artefact")]                                              # first ImageNet class of each stretch
 
-
 def imagenet_names():
     """1000 names; without the list, the course's eight and numbers. A name that stands twice gets its index."""
     try:
@@ -545,7 +494,6 @@ def imagenet_names():
     names = [COURSE.get(i, n) for i, n in enumerate(names)]
     return [f"{n} ({i})" if i not in COURSE and names.count(n) > 1 else n for i, n in enumerate(names)]
 
-
 def class_index(word, names):
     """Index of a class given by index, by name or by a part of one name only. UserError lists the near names."""
     word = str(word).strip().lower()
@@ -556,9 +504,9 @@ def class_index(word, names):
     if len(hits) == 1:
         return hits[0]
     near = hits[:8] or [low.index(n) for n in difflib.get_close_matches(word, low, 8, 0.5)]
-    raise UserError(f"class {word!r} is {'ambiguous' if hits else 'unknown'}" +
-                    (f"; near: {', '.join(f'{names[i]} [{i}]' for i in near)}" if near else "") +
-                    f"; give a name or an index from 0 to {len(names) - 1}")
+    near = f"; near: {', '.join(f'{names[i]} [{i}]' for i in near)}" if near else ""
+    raise UserError(f"class {word!r} is {'ambiguous' if hits else 'unknown'}{near}; give a name or an index from 0 to "
+                    f"{len(names) - 1}")
 
 
 # ---- walks ---------------------------------------------------------------------------------------------------------
@@ -568,41 +516,27 @@ def between(r1, r2, alphas):
     alphas = torch.as_tensor(alphas, dtype=r1.dtype, device=r1.device)[:, None]
     return alphas * r1 + (1 - alphas) * r2
 
-
-@torch.no_grad()
-def row(G, z, r, truncation):
-    """Images uint8 (k, 3, H, W) on the CPU for z (1 or k, z_dim) and r (1 or k, embed). One at a time: in a batch the
-    last bits of a picture can depend on its neighbours."""
-    k = max(len(z), len(r))
-    return torch.cat([sample(G, z[i % len(z)][None], r[i % len(r)][None], truncation) for i in range(k)])
-
-
 def smoothness(x, features=None):
     """A row uint8 (k, 3, H, W) -> [mean step in pixels (0..255), largest / mean step, mean step of the features]."""
     steps = x.float().diff(dim=0).abs().mean((1, 2, 3))
     out = [steps.mean().item(), (steps.max() / steps.mean().clamp(min=1e-9)).item()]
     return out + ([features(x).diff(dim=0).norm(dim=1).mean().item()] if features else [])
 
-
 def cosine_distances(r):
     """(n, d) -> (n, n): 1 - cos of the angle between two embeddings."""
     r = F.normalize(r.double(), dim=1)
     return 1 - r @ r.T
 
-
 def extreme_pairs(distance, count, farthest=False):
     """The `count` nearest (or farthest) pairs i < j, every class in at most one pair, for the sake of variety."""
-    n, out, used = len(distance), [], set()
-    i, j = torch.triu_indices(n, n, 1)
+    i, j, out = *torch.triu_indices(*distance.shape, 1), []
     for k in distance[i, j].argsort(descending=farthest).tolist():
-        a, b = i[k].item(), j[k].item()
-        if not {a, b} & used:
-            out.append((a, b))
-            used |= {a, b}
+        pair = i[k].item(), j[k].item()
+        if not set(pair) & set(sum(out, ())):
+            out.append(pair)
         if len(out) == count:
             break
     return out
-
 
 def spearman(a, b):
     """Rank correlation of two lists in [-1, 1]; 0 where one of them is constant."""
@@ -614,60 +548,36 @@ def spearman(a, b):
 
 ALPHAS = [1 - k / 10 for k in range(11)]                                  # from class 1 to class 2
 
+def walks(G, pairs, z, truncation, alphas=ALPHAS):
+    """A row uint8 (len(alphas), 3, H, W) for each pair of classes (i, j), from i to j, all at one z (1, z_dim)."""
+    return [sample(G, z, between(G.embed(i), G.embed(j), alphas), truncation, 1) for i, j in pairs]
 
-def walk_sheet(G, pairs, names, z, truncation, path, title, net=None):
-    """One row a pair (i, j) at one z (1, z_dim): class i on the left. Saves a PNG; returns each row's smoothness."""
-    rows = [row(G, z, between(G.embed(i), G.embed(j), ALPHAS), truncation) for i, j in pairs]
-    data.sheet(rows, path, [f"{names[i]} > {names[j]}" for i, j in pairs], [f"{a:.1f}" for a in ALPHAS], title)
-    return [smoothness(x, net and net.features) for x in rows]
-
-
-def latent_sheet(G, classes, names, truncation, seed, path):
-    """The other direction: z1 + k/10 (z2 - z1) at fixed class, one row a class."""
-    z = truncated_noise(2, G.config.z_dim, truncation, seed).to(G.embeddings.weight.device)
-    rows = [row(G, between(z[0], z[1], ALPHAS), G.embed(i)[None], truncation) for i in classes]
-    return data.sheet(rows, path, [names[i] for i in classes], [f"{a:.1f}" for a in ALPHAS],
-                      f"alpha z1 + (1 - alpha) z2 at fixed class, truncation {truncation:g}")
-
-
-def truncation_sheet(G, classes, names, seed, path):
-    """One noise vector, multiplied by a growing truncation: from the mean picture of a class to its variety."""
-    strip = [k / 10 for k in range(1, 11)]
-    z = truncated_noise(1, G.config.z_dim, 1.0, seed).to(G.embeddings.weight.device)
-    rows = [torch.cat([row(G, t * z, G.embed(i)[None], t) for t in strip]) for i in classes]
-    return data.sheet(rows, path, [names[i] for i in classes], [f"{t:.1f}" for t in strip],
-                      "truncation of one noise vector")
-
-
-def are_near_pairs_smoother(G, distance, net, truncation, seed, count=24):
-    """Rank correlation, over random class pairs, of cosine distance and (mean pixel step, unevenness, feature step)."""
-    rng = np.random.RandomState(seed)
-    pairs = [tuple(rng.choice(len(distance), 2, replace=False)) for _ in range(count)]
-    z = truncated_noise(1, G.config.z_dim, truncation, seed).to(G.embeddings.weight.device)
-    d = [distance[i, j].item() for i, j in pairs]
-    rows = [row(G, z, between(G.embed(i), G.embed(j), ALPHAS[::2]), truncation) for i, j in pairs]
-    return [spearman(d, list(v)) for v in zip(*[smoothness(x, net and net.features) for x in rows])]
-
+def noise_sheets(G, classes, names, truncation, seed, out):
+    """The other directions, one row a class: noise.png, alpha z1 + (1 - alpha) z2 at fixed class; truncation.png, one
+    noise vector multiplied by a growing truncation: from the mean picture of a class to its variety."""
+    z12, z = (truncated_noise(n, G.config.z_dim, t, seed).to(G.embeddings.weight.device)
+              for n, t in ((2, truncation), (1, 1.0)))
+    left, r, strip = [names[i] for i in classes], [G.embed(i)[None] for i in classes], [k / 10 for k in range(1, 11)]
+    data.sheet([sample(G, between(*z12, ALPHAS), c, truncation, 1) for c in r], out / "noise.png", left,
+               [f"{a:.1f}" for a in ALPHAS], f"alpha z1 + (1 - alpha) z2 at fixed class, truncation {truncation:g}")
+    data.sheet([torch.cat([sample(G, t * z, c, t, 1) for t in strip]) for c in r], out / "truncation.png", left,
+               [f"{t:.1f}" for t in strip], "truncation of one noise vector")
 
 def map_sheet(G, groups, group_names, colours, words, links, perplexity, seed, path):
     """t-SNE of the class embeddings. Returns the KL divergence and how often the nearest point is of the same group."""
-    r = G.embeddings.weight.T.float().cpu()
-    start = time.monotonic()
+    r, start = G.embeddings.weight.T.float().cpu(), time.monotonic()
     y = tsne(r, perplexity, seed)
     divergence, seconds = kl(affinities(r, perplexity), y).item(), time.monotonic() - start
-    nearest = torch.cdist(y, y).fill_diagonal_(math.inf).argmin(1)
-    same = (groups[nearest] == groups).double().mean().item()
+    same = (groups[torch.cdist(y, y).fill_diagonal_(math.inf).argmin(1)] == groups).double().mean().item()
     data.scatter(path, y.numpy(), groups.tolist(), group_names, words, links, f"t-SNE of {len(r)} class embeddings: "
                  f"perplexity {perplexity:g}, KL {divergence:.3f}", colours)
     print(f"t-SNE    {len(r)} x {r.shape[1]} in {seconds:.1f} s, KL {divergence:.3f}; nearest point of the same group: "
           f"{100 * same:.0f}%")
     return {"t-SNE KL": divergence, "same group": same}
 
-
 def imagenet_group(i):
     """Name of the group that ImageNet class i belongs to."""
     return next(name for first, name in reversed(GROUPS) if i >= first)
-
 
 def attribute_metrics(G, net, device, per_class=20, seed=1):
     """Share of samples whose hair and eyes the classifier sees as asked, and FID, at truncation 1."""
@@ -680,28 +590,36 @@ def attribute_metrics(G, net, device, per_class=20, seed=1):
           f"recall {score['recall']:.2f}")
     return {"hair accuracy": hair, "eyes accuracy": eyes, **score}
 
-
-def pairs_report(cfg, G, names, pairs, net, out, device):
-    """Walks of the asked, nearest and farthest pairs as two sheets and a table; whether near pairs are smoother."""
-    z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
+def pairs_report(cfg, G, names, asked, net, out, device):
+    """Walks of the asked, nearest and farthest pairs as two sheets and a table. Returns, over 24 random pairs, the rank
+    correlation of the cosine distance with each measure of smoothness: are near classes better to walk between?"""
+    z, features = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device), net and net.features
     distance = cosine_distances(G.embeddings.weight.T.cpu())
     near, far = extreme_pairs(distance, 4), extreme_pairs(distance, 4, farthest=True)
     text = f"r = alpha r1 + (1 - alpha) r2 at fixed z, truncation {cfg.truncation:g}"
-    steps = walk_sheet(G, pairs, names, z, cfg.truncation, out / "interpolation.png", text, net)
-    steps += walk_sheet(G, near + far, names, z, cfg.truncation, out / "pairs.png", f"near and far pairs; {text}", net)
-    feature = f" {net.name} step |" if net else ""
-    print(f"\n| pair | cosine distance | mean step (pixels, 0..255) | largest / mean |{feature}")
-    print("|---" * (5 if net else 4) + "|")
-    for label, (i, j), v in zip(["asked"] * len(pairs) + ["near"] * 4 + ["far"] * 4, [*pairs, *near, *far], steps):
-        print(f"| {label}: {names[i]} > {names[j]} | {distance[i, j]:.3f} | {' | '.join(f'{a:.2f}' for a in v)} |")
-    c = are_near_pairs_smoother(G, distance, net, cfg.truncation, cfg.seed)
-    print(f"\nnear     are near classes better to walk between? Rank correlation with the distance, 24 random pairs: "
-          f"pixel step {c[0]:+.2f}, unevenness {c[1]:+.2f}" + (f", feature step {c[2]:+.2f}" if net else ""))
-    return {f"distance ~ {k}": v for k, v in zip(("pixel step", "unevenness", "feature step"), c)}
-
+    head = "pair | cosine distance | mean step (pixels, 0..255) | largest / mean"
+    head += f" | {net.name} step" if net else ""
+    print(f"\n| {head} |\n" + "|---" * (5 if net else 4) + "|")
+    for file, title, kinds in (("interpolation", text, {"asked": asked}),
+                               ("pairs", f"near and far pairs; {text}", {"near": near, "far": far})):
+        pairs = [(i, j, kind) for kind, some in kinds.items() for i, j in some]
+        rows = walks(G, [p[:2] for p in pairs], z, cfg.truncation)
+        data.sheet(rows, out / f"{file}.png", [f"{names[i]} > {names[j]}" for i, j, _ in pairs],
+                   [f"{a:.1f}" for a in ALPHAS], title)
+        for (i, j, kind), x in zip(pairs, rows):
+            print(f"| {kind}: {names[i]} > {names[j]} | {distance[i, j]:.3f} | " +
+                  " | ".join(f"{v:.2f}" for v in smoothness(x, features)) + " |")
+    rng = np.random.RandomState(cfg.seed)
+    pairs = [tuple(rng.choice(len(distance), 2, replace=False)) for _ in range(24)]
+    measured = zip(*[smoothness(x, features) for x in walks(G, pairs, z, cfg.truncation, ALPHAS[::2])])
+    c = {k: spearman([distance[p].item() for p in pairs], v)
+         for k, v in zip(("pixel step", "unevenness", "feature step"), measured)}
+    print("\nnear     are near classes better to walk between? Rank correlation with the distance, 24 random pairs: " +
+          ", ".join(f"{k} {v:+.2f}" for k, v in c.items()))
+    return {f"distance ~ {k}": v for k, v in c.items()}
 
 def evaluate(cfg, G, kind, names, pairs, log, out, device):
-    """All pictures, the table of pairs, result.json."""
+    """All pictures, the table of pairs, result.json; its headline is the last line printed."""
     asked = list(dict.fromkeys(i for pair in pairs for i in pair))
     if kind == "small":
         net, groups, group_names = fid.classifier("faces-a", 32, device), torch.arange(132) // 11, data.HAIR
@@ -715,16 +633,20 @@ def evaluate(cfg, G, kind, names, pairs, log, out, device):
         words = {i: names[i] for i in [*asked, *COURSE, *range(9, 1000, 22)]}
     result = map_sheet(G, groups, group_names, colours, words, pairs, perplexity, cfg.seed, out / "tsne.png")
     result |= pairs_report(cfg, G, names, pairs, net, out, device)
-    latent_sheet(G, asked[:4], names, cfg.truncation, cfg.seed, out / "noise.png")
-    truncation_sheet(G, asked[:4], names, cfg.seed, out / "truncation.png")
+    noise_sheets(G, asked[:4], names, cfg.truncation, cfg.seed, out)
     wrote = [out / f"{f}.png" for f in ("interpolation", "pairs", "noise", "truncation", "tsne")]
     count = {"G": sum(p.numel() for p in G.parameters())}
     if kind == "small":
-        z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).expand(132, -1).to(device)
+        z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
         x = sample(G, z, torch.arange(132, device=device), cfg.truncation)
         wrote.append(data.sheet(x.split(11), out / "classes.png", data.HAIR, data.EYES, "hair (rows) x eyes, one z"))
         result |= attribute_metrics(G, net, device)
         count["D"] = sum(p.numel() for p in Discriminator(SMALL.num_classes).parameters())
+        headline = (f"{fid.line(result)}; attributes as asked: hair {100 * result['hair accuracy']:.1f}%, "
+                    f"eyes {100 * result['eyes accuracy']:.1f}%")
+    else:
+        headline = (f"t-SNE KL {result['t-SNE KL']:.3f}; nearest point of the same group "
+                    f"{100 * result['same group']:.0f}%")
     if log:
         wrote += [data.curves(out / "curves.png", log.table, [("losses", ["D", "G"]), ("logits", ["D(x)", "D(G(z))"]),
                                                              ("mean length of a class embedding", ["|r|"])]),
@@ -732,28 +654,26 @@ def evaluate(cfg, G, kind, names, pairs, log, out, device):
     data.write_json(out / "result.json", dict(
         command="python " + " ".join(sys.argv), model=kind, config=dataclasses.asdict(cfg),
         network=dataclasses.asdict(G.config), device=str(device), versions=data.versions(), step=cfg.steps,
-        seconds=log.seconds if log else 0.0, parameters=count, metrics=result))
-    print("wrote    " + " ".join(str(p) for p in [*wrote, out / "result.json"]))
-    if kind == "small":
-        print(f"{fid.line(result)}; attributes as asked: hair {100 * result['hair accuracy']:.1f}%, "
-              f"eyes {100 * result['eyes accuracy']:.1f}%")
+        seconds=log.seconds if log else 0.0, parameters=count, metrics=result, headline=headline))
+    print("wrote    " + " ".join(map(str, [*wrote, out / "result.json"])))
+    print(headline)
 
 
 # ---- main ----------------------------------------------------------------------------------------------------------
 
 def check(cfg):
     """What makes no sense ends here, in one line."""
-    if cfg.model not in ("auto", "published", "small"):
-        raise UserError(f"--model {cfg.model} is unknown; auto, published or small")
-    if cfg.size not in MEGABYTES:
-        raise UserError(f"--size {cfg.size} is not published; 128, 256 or 512 (the small model always makes 32)")
-    if not 0 < cfg.truncation <= 1:
-        raise UserError(f"--truncation {cfg.truncation:g} is not above 0 and at most 1")
-    if len(cfg.classes) not in (0, 2):
-        raise UserError(f"--classes takes two classes, here {len(cfg.classes)}; names with a space need quotes")
-    if cfg.steps < 0 or cfg.log_every < 1 or cfg.sample_every < 1:
-        raise UserError("--steps must not be negative, --log-every and --sample-every must be at least 1")
-
+    for wrong, message in (
+        (cfg.model not in ("auto", "published", "small"), f"--model {cfg.model} is unknown; auto, published or small"),
+        (cfg.size not in MEGABYTES,
+         f"--size {cfg.size} is not published; 128, 256 or 512 (the small model always makes 32)"),
+        (not 0 < cfg.truncation <= 1, f"--truncation {cfg.truncation:g} is not above 0 and at most 1"),
+        (len(cfg.classes) not in (0, 2),
+         f"--classes takes two classes, here {len(cfg.classes)}; names with a space need quotes"),
+        (cfg.steps < 0 or cfg.log_every < 1 or cfg.sample_every < 1,
+         "--steps must not be negative, --log-every and --sample-every must be at least 1")):
+        if wrong:
+            raise UserError(message)
 
 def choose_model(cfg):
     """(path of the published weights or None for the small model), after saying which and why."""
@@ -767,29 +687,23 @@ def choose_model(cfg):
         if cfg.model == "published":
             raise UserError(f"{e}; or --model small: trained here on drawn faces") from None
         print(f"model    small BigGAN, 132 classes of faces; {e}", flush=True)
-        return None
-
 
 def main(argv=None):
     cfg, changes = data.arguments(Run, argv)
     check(cfg)
-    named = {k: "+".join(v) if k == "classes" else v for k, v in changes.items()
-             if k in ("classes", "model", "size", "truncation", "steps", "seed")}
-    tail = "".join(f"-{k}{v}" for k, v in named.items()).replace("/", "_").replace(" ", "_")
-    device = data.device(cfg.device)
-    path = choose_model(cfg)
+    tail = "".join(f"-{k}{'+'.join(v) if k == 'classes' else v}" for k, v in changes.items()
+                   if k in ("classes", "model", "size", "truncation", "steps", "seed"))
+    device, path = data.device(cfg.device), choose_model(cfg)
     names = imagenet_names() if path else data.FACES
-    pairs = [tuple(class_index(w, names) for w in cfg.classes)] if cfg.classes else PAIRS if path else \
-        [tuple(class_index(w, names) for w in pair) for pair in FACE_PAIRS]
-    G, log = (load_published(path, Config(size=cfg.size)).to(device), None) if path else (None, None)
-    out = data.open_run(cfg.out or f"out/biggan{tail}", cfg.resume, cfg.overwrite)
+    pairs = [cfg.classes] if cfg.classes else PAIRS if path else FACE_PAIRS
+    pairs = [tuple(class_index(word, names) for word in pair) for pair in pairs]
+    G = load_published(path, Config(size=cfg.size)).to(device) if path else None  # a bad file: no folder is made
+    out = data.open_run(cfg.out or "out/biggan" + tail.replace("/", "_").replace(" ", "_"), cfg.resume, cfg.overwrite)
     v = data.versions()
     print(f"run      {out}  device {device} {v['gpu']} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}",
           flush=True)
-    if not path:
-        G, log = small(cfg, out, device)
+    G, log = (G, None) if path else small(cfg, out, device)
     evaluate(cfg, G, "published" if path else "small", names, pairs, log, out, device)
-
 
 if __name__ == "__main__":
     data.run_main(main)

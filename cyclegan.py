@@ -5,14 +5,23 @@
     python cyclegan.py --model unit                         UNIT instead of CycleGAN
     python cyclegan.py --a photos/ --b paintings/ --size 128
     python cyclegan.py --translate me.jpg --direction ab    with the trained checkpoint
-    python cyclegan.py --sweep 0,0.005,0.01,0.015,0.025,0.05,0.1,0.5,1 --steps 700
+    python cyclegan.py --data faces --sweep 0,0.005,0.01,0.015,0.025,0.05,0.1,0.5,1 --steps 400
 
 G_ab: A -> B and G_ba: B -> A translate; D_a and D_b tell real from translated pictures of their style. CycleGAN
 (Zhu 2017, eq. 3):  L = L_GAN(G_ab, D_b) + L_GAN(G_ba, D_a) + lambda (|G_ba(G_ab(a)) - a|_1 + |G_ab(G_ba(b)) - b|_1).
 The GAN terms alone would let G_ab draw any picture of style B; the way back must find a again, so what a shows has to
-survive. Too small a lambda and the input is ignored, too large and it is copied.
+survive. Too small a lambda and the input is ignored; too large and it is only coded so that it comes back.
 UNIT (Liu 2017) has one latent space for both styles, E_a(a) ~ E_b(b): two VAEs that share the last block of the
 encoders and the first of the decoders; a translation is Dec_b(E_a(a)).
+
+Measured, seed 11, torch 2.13, one thread of an AMD EPYC (Zen 5, bfloat16) with other work beside it; FID on features of
+fid.classifier, real against 1,000 translated; what untranslated pictures have in brackets:
+    --data faces        5000 steps, 16 min: L1 to the true picture A to B 0.103 (0.372), B to A 0.101 (0.372);
+                        hair colour kept 32% both ways: shapes stay, colours are permuted, FID 7.4 (83) and 14.0 (127)
+    --data emojis       5000 steps, 12.5 min: FID 1.59 (12.5) and 0.83 (15.1), cycle L1 0.044 and 0.046
+    --model unit        on emojis, 1600 steps, 8 min: FID 0.70 (12.5) and 0.83 (15.1), cycle L1 0.095 and 0.110
+    --sweep, as above   10 min: L1 to the true picture (0.372), hair kept, FID (105): lambda 0: 0.188, 10%, 154;
+                        lambda 0.015: 0.118, 32%, 22; lambda 1: 0.247, 7%, 132
 """
 import dataclasses, sys, time
 from collections import namedtuple
@@ -368,7 +377,7 @@ def paired(a, b):
 
 
 def sample_sheet(G, a, b, path, title, n=10):
-    """Rows input / translation / cycle of the first test pictures, both ways; UNIT's reconstruction; the true answer."""
+    """Rows input / translation / cycle of test pictures, both ways; UNIT's reconstruction; the true answer."""
     rows, left, device = [], [], next(G.parameters()).device
     for x, y, way in ((a, b, "ab"), (b, a, "ba")):
         X, Y = way.upper()
@@ -532,7 +541,8 @@ def direction_metrics(G, x, y, way, size):
         real, other = y.images[:4000:2].cpu(), y.images[1:4000:2].cpu()
         net = fid.classifier(y.name, size, device)
         s = fid.score(net, real, to_uint8(fake), other)
-        m |= {"FID": s["fid"], "FID identity": fid.fid(net.features(real), net.features(source)), "FID floor": s["floor"]}
+        m |= {"FID": s["fid"], "FID floor": s["floor"]}
+        m["FID identity"] = fid.fid(net.features(real), net.features(source))
         print(f"{way}       {fid.line(s)}; untranslated {m['FID identity']:.3g}; {len(source):,} "
               f"{'test' if len(x.test) >= 500 else 'training'} pictures translated")
     return {f"{way} {k}": float(v) for k, v in m.items()}
@@ -607,12 +617,13 @@ def run_sweep(cfg, out, device):
             table.setdefault(k, []).append(v)
     table["log10 lambda (0 stands at -3)"] = np.log10(np.maximum(lambdas, 1e-3)).tolist()
     mean = lambda k: [(p + q) / 2 for p, q in zip(table[f"ab {k}"], table[f"ba {k}"])]
-    names = [k for k in ("cycle", "change", "L1", "L1 identity", "hair kept", "eyes kept", "FID") if f"ab {k}" in table]
+    names = "cycle,change,L1,L1 identity,hair kept,eyes kept,FID,FID identity".split(",")
+    names = [k for k in names if f"ab {k}" in table]
     table |= {k: mean(k) for k in names}
     data.sheet(rows, out / "sweep.png", left, title=f"lambda_cycle, {cfg.steps} steps each, A to B and back")
     panels = [("L1 of the cycle, and to the true picture", ["cycle", "L1", "L1 identity"]),
               ("share of hair and eye colours kept", ["hair kept", "eyes kept"]),
-              ("L1 between translation and input", ["change"]), ("FID to the target style", ["FID"])]
+              ("L1 between translation and input", ["change"]), ("FID to the target style", ["FID", "FID identity"])]
     data.curves(out / "sweep-curves.png", table, panels, x="log10 lambda (0 stands at -3)")
     lines = ["| lambda | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     lines += [f"| {v:g} | " + " | ".join(f"{table[k][i]:.4g}" for k in names) + " |" for i, v in enumerate(lambdas)]

@@ -10,16 +10,16 @@ squared Frechet distance of the two (Heusel 2017, eq. 6):
 
     d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2
 
-S1 S2 is not symmetric, and its root by a Schur form (scipy.linalg.sqrtm) is slow and may turn complex. But only the
-trace is wanted: the sum of the roots of the eigenvalues of S1 S2. Take any F1, F2 with S1 = F1 F1^T and S2 = F2 F2^T.
-AB and BA share their non-zero eigenvalues, so those of S1 S2 = F1 (F1^T F2 F2^T) are those of
-(F1^T F2 F2^T) F1 = G G^T with G = F1^T F2, which is symmetric, and their roots are the singular values of G:
+S1 S2 is not symmetric; its root by a Schur form (scipy.linalg.sqrtm) is slow and may turn complex. But only the trace
+is wanted: the sum of the roots of the eigenvalues of S1 S2. Take any F1, F2 with S1 = F1 F1^T and S2 = F2 F2^T. AB and
+BA share their non-zero eigenvalues, so those of S1 S2 = F1 (F1^T F2 F2^T) are those of (F1^T F2 F2^T) F1 = G G^T with
+G = F1^T F2, which is symmetric, and their roots are the singular values of G:
 
     tr (S1 S2)^1/2 = sum of the singular values of F1^T F2
 
-(F1 = S1^1/2 gives the textbook form tr (S1^1/2 S2 S1^1/2)^1/2.) No inverse and no epsilon occurs, so singular
-covariances are as good as others. F comes cheap: the centred features themselves where N <= d, Cholesky's triangle
-where S has full rank, eigenvectors otherwise; the real set's F is computed once and saved.
+(F1 = S1^1/2 gives the textbook form tr (S1^1/2 S2 S1^1/2)^1/2.) Without inverse or epsilon, singular covariances are
+as good as others. F is cheap: the centred features where N <= d, Cholesky's triangle where S has full rank,
+eigenvectors otherwise; the real set's F is computed once and saved.
 
 Measured, AMD EPYC, torch 2.13.0, SciPy 1.17.1, seed 0:
     root_problem(2048, 10240), 1 thread    scipy.linalg.sqrtm 14.1 s; frechet_distance 1.4 s; trace_root, the real set's
@@ -30,6 +30,7 @@ Measured, AMD EPYC, torch 2.13.0, SciPy 1.17.1, seed 0:
     classifier("mnist", 32), 2 threads     99.36% of the test set, 39 s to train
 """
 import contextlib, dataclasses, json, subprocess, sys, time, zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,16 @@ class Config:
     skip_broken: int = 0          # 1: leave unreadable pictures out and count them
     extrapolate: int = 0          # 1: FID at infinite n
     json: int = 0                 # 1: print one JSON object, everything else to stderr
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def need(ok, why):
+    """UserError, one line that says what to do, unless ok."""
+    if not ok:
+        raise UserError(why)
 
 
 # ---- the matrix root and the Frechet distance ----------------------------------------------------------------------
@@ -105,8 +116,8 @@ def trace_root(f, sigma):
 
 def distance(mu1, f1, mu2, f2):
     """d^2 of the header from means (d,) and factors (d, r) of the covariances, tr S = |F|^2 -> float."""
-    if len(mu1) != len(mu2):
-        raise UserError(f"{len(mu1)} and {len(mu2)} features: not of one network; measure both sides with the same")
+    need(len(mu1) == len(mu2),
+         f"{len(mu1)} and {len(mu2)} features: not of one network; measure both sides with the same")
     d2 = (mu1 - mu2).square().sum() + f1.square().sum() + f2.square().sum() - 2 * nuclear_norm(f1.T @ f2)
     return max(0.0, d2.item())                                             # rounding may leave -1e-14
 
@@ -120,15 +131,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def gaussian(x, rows=4096):
     """Features (N, d) -> mean (d,) and factor F (d, r) of the covariance with N - 1; for N <= d the features are F."""
     n, d = x.shape
-    if n < 2:
-        raise UserError(f"a covariance needs at least 2 pictures, here {n}")
-    if n <= d:
-        x = float64(x)
-        mu = x.mean(0)
-        return mu, ((x - mu) / (n - 1) ** 0.5).T
+    need(n >= 2, f"a covariance needs at least 2 pictures, here {n}")
     chunks = torch.as_tensor(x).split(rows)                                # float64 by parts: 50,000 x 2048 are 0.8 GB
     mu = sum(float64(c).sum(0) for c in chunks) / n
-    return mu, factor(sum((float64(c) - mu).T @ (float64(c) - mu) for c in chunks) / (n - 1))
+    if n <= d:
+        return mu, ((float64(x) - mu) / (n - 1) ** 0.5).T
+    return mu, factor(sum((c - mu).T @ (c - mu) for c in map(float64, chunks)) / (n - 1))
 
 
 def fid(real, fake):
@@ -142,53 +150,38 @@ def kid(real, fake, rows=256):
     """Kernel distance (Binkowski 2018): MMD^2 of features (N, d), (M, d) under k(x, y) = (x.y / d + 1)^3 -> float.
 
     All samples, unbiased (Gretton 2012, eq. 3: without the pairs (x, x)), so about 0, or below, for equal sets."""
-    def total(a, b):                                                       # sum of k over all pairs
-        blocks = ((c @ b.T).div_(b.shape[1]).add_(1) for c in a.split(rows))
-        return sum(block.square().mul_(block).sum() for block in blocks)
-
-    def within(a):
-        diagonal = ((a.square().sum(1) / a.shape[1] + 1) ** 3).sum()
-        return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
     x, y = float64(real), float64(fake)
-    if min(len(x), len(y)) < 2:
-        raise UserError(f"KID needs at least 2 pictures a side, here {len(x)} and {len(y)}")
+    need(min(len(x), len(y)) >= 2, f"KID needs at least 2 pictures a side, here {len(x)} and {len(y)}")
+
+    def k(dots):                                                           # summed; in place, for n^2 is the cost
+        t = dots.div_(x.shape[1]).add_(1)
+        return t.square().mul_(t).sum()
+    total = lambda a, b: sum(k(c @ b.T) for c in a.split(rows))
+    within = lambda a: (total(a, a) - k(a.square().sum(1))) / (len(a) * (len(a) - 1))
     return (within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))).item()
 
 
-def kid_error(real, fake, blocks=10):
-    """Standard error of KID: the estimates on 10 disjoint blocks of either set, their deviation / sqrt(10)."""
-    k = torch.tensor([kid(a, b) for a, b in zip(real.tensor_split(blocks), fake.tensor_split(blocks))])
-    return (k.std() / blocks ** 0.5).item()
-
-
-def radii(a, k, rows=256):
-    """Distance of each sample to its k-th nearest neighbour in the same set: (N, d) -> (N,). It is its own 0-th."""
-    return torch.cat([torch.cdist(c, a).topk(k + 1, largest=False).values[:, -1] for c in a.split(rows)])
-
-
-def covered(a, r, b, rows=256):
-    """Share of the b (M, d) that lie within r[i] of some a[i]: (N, d), (N,)."""
-    return torch.cat([(torch.cdist(c, a) <= r).any(1) for c in b.split(rows)]).double().mean().item()
-
-
-def precision_recall(real, fake, k=3):
+def precision_recall(real, fake, k=3, rows=256):
     """Improved precision and recall (Kynkaanniemi 2019, section 2) of features (N, d), (M, d) -> two floats in [0, 1].
 
     Precision: share of fakes within the k-th-neighbour radius of some real picture. Recall: the same, roles swapped."""
+    def covered(a, b):                                                     # share of the b inside; a is its own 0-th
+        r = torch.cat([torch.cdist(c, a).topk(k + 1, largest=False).values[:, -1] for c in a.split(rows)])
+        return torch.cat([(torch.cdist(c, a) <= r).any(1) for c in b.split(rows)]).double().mean().item()
     x, y = float64(real), float64(fake)
-    if min(len(x), len(y)) <= k:
-        raise UserError(f"precision with k = {k} needs more than {k} pictures a side, here {len(x)} and {len(y)}")
-    return covered(x, radii(x, k), y), covered(y, radii(y, k), x)
+    need(min(len(x), len(y)) > k,
+         f"precision with k = {k} needs more than {k} pictures a side, here {len(x)} and {len(y)}")
+    return covered(x, y), covered(y, x)
 
 
 # ---- classifier: features without a download -----------------------------------------------------------------------
 
 def check_images(images, channels, name):
     """UserError unless images are uint8 (N, C, H, W), grey or with the network's number of channels."""
-    if images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
-        raise UserError(f"{name} takes uint8 pictures (N, C, H, W), here {images.dtype} {tuple(images.shape)}")
-    if images.shape[1] not in (1, channels):
-        raise UserError(f"{name} takes pictures with {channels} channel(s), here {images.shape[1]}")
+    need(images.dtype == torch.uint8 and images.dim() == 4 and len(images),
+         f"{name} takes uint8 pictures (N, C, H, W), here {images.dtype} {tuple(images.shape)}")
+    need(images.shape[1] in (1, channels),
+         f"{name} takes pictures with {channels} channel(s), here {images.shape[1]}")
 
 
 class Classifier(nn.Module):
@@ -216,16 +209,15 @@ class Classifier(nn.Module):
     def evaluate(self, images, rows=500):
         """uint8 (N, C, H, W), any size -> features (N, 128), probabilities [(N, k), ...], on the CPU, in eval mode."""
         check_images(images, self.channels, self.name)
-        mode, h, p = self.training, [], [[] for _ in self.heads]
+        mode, out = self.training, []
         self.eval()
         for x in images.split(rows):
             x = data.fit(x.to(self.head.weight.device), self.size).expand(-1, self.channels, -1, -1)
-            features, logits = self(data.to_float(x))
-            h.append(features.cpu())
-            for chunks, l in zip(p, logits):
-                chunks.append(l.softmax(1).cpu())
+            h, logits = self(data.to_float(x))
+            out.append([h.cpu()] + [l.softmax(1).cpu() for l in logits])
         self.train(mode)
-        return torch.cat(h), [torch.cat(chunks) for chunks in p]
+        features, *probabilities = map(torch.cat, zip(*out))
+        return features, probabilities
 
     def features(self, images):
         """uint8 (N, C, H, W) -> float32 (N, 128)."""
@@ -262,24 +254,25 @@ def augment(x, flip, generator, shift=2):
 
 def rotate(x, quarter):
     """The pretext task of Gidaris 2018: picture i turned by quarter[i] * 90 degrees; to guess the turn takes shapes."""
-    out = x.clone()
-    for q in range(1, 4):
-        out[quarter == q] = x[quarter == q].rot90(q, (2, 3))
-    return out
+    return torch.stack([picture.rot90(q, (1, 2)) for picture, q in zip(x, quarter.tolist())])
+
+
+def progress(text, end=""):
+    """One line that overwrites itself, on a terminal only; with an end it stays, and goes to a file as well."""
+    if end or sys.stdout.isatty():
+        print(f"\r{text:78}" if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def train_classifier(net, images, labels, flip, steps, batch=64, lr=4e-3, seed=0):
     """Trains net on uint8 images (N, C, size, size) and labels (N,), or None for rotations. AdamW, one lr cycle."""
-    g, device, start = torch.Generator().manual_seed(seed), net.head.weight.device, time.monotonic()
+    g, device, start = seeded(seed), net.head.weight.device, time.monotonic()
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.2)
     for step in range(1, steps + 1):
         i = torch.randint(0, len(images), (batch,), generator=g)
-        x, y = augment(images[i], flip, g), labels[i] if labels is not None else None
-        if labels is None:
-            y = torch.randint(0, 4, (batch,), generator=g)
-            x = rotate(x, y)
-        _, logits = net(data.to_float(x.to(device)))
+        x = augment(images[i], flip, g)
+        y = torch.randint(0, 4, (batch,), generator=g) if labels is None else labels[i]
+        _, logits = net(data.to_float((rotate(x, y) if labels is None else x).to(device)))
         loss = sum(F.cross_entropy(l, t.to(device)) for l, t in zip(logits, targets(y, net.heads)))
         optimiser.zero_grad()
         loss.backward()
@@ -290,24 +283,11 @@ def train_classifier(net, images, labels, flip, steps, batch=64, lr=4e-3, seed=0
             progress(f"{net.name}: step {step}/{steps}  loss {loss.item():.3f}  {data.clock(left)} left")
 
 
-def progress(text, end=""):
-    """One line that overwrites itself, on a terminal only; with an end it stays, and goes to a file as well."""
-    if end or sys.stdout.isatty():
-        print(f"\r{text:78}" if sys.stdout.isatty() else text, end=end, flush=True)
-
-
-def accuracy(net, images, labels):
-    """Share of right answers of each head, in [0, 1]; where labels are None, of right rotations."""
-    if labels is None:
-        labels = torch.randint(0, 4, (len(images),), generator=torch.Generator().manual_seed(0))
-        images = rotate(images, labels)
-    return tuple((g == t).float().mean().item() for g, t in zip(net.attributes(images), targets(labels, net.heads)))
-
-
 def classifier(name, size, device="cpu"):
     """The Classifier of a data set (data.load's name) at a size: from downloads/, or trained now on its train split.
 
-    Heads: the classes; hair (12) and eyes (11) for the 132 face classes; 4 rotations for a set without labels."""
+    Heads: the classes; hair (12) and eyes (11) for the 132 face classes; 4 rotations for a set without labels.
+    Its accuracy: the share of right answers of each head on the test split, in [0, 1]."""
     tag = f"{Path(name).name}-{zlib.crc32(str(Path(name).resolve()).encode()):08x}" if Path(name).is_dir() else name
     path = data.DOWNLOADS / f"classifier-{tag}-{size}.pt"
     if path.is_file():
@@ -318,13 +298,16 @@ def classifier(name, size, device="cpu"):
             return net.to(device).eval()
     (images, labels, classes), (x, y, _) = data.load(name, size, "train"), data.load(name, size, "test")
     heads = (4,) if labels is None else (12, 11) if len(classes) == 132 else (len(classes),)
+    faces, start = len(heads) == 2, time.monotonic()
     progress(f"training {path.stem} on {len(images):,} pictures, once, about a minute", end="\n")
-    start = time.monotonic()
     with torch.random.fork_rng(devices=[]):                                # the caller's random state stays as it was
         torch.manual_seed(0)
         net = Classifier(images.shape[1], size, heads, path.stem).to(device)
-    train_classifier(net, images, labels, flip=len(heads) == 2, steps=1800 if len(heads) == 2 else 1000)
-    net.accuracy = accuracy(net.eval(), x, y)
+    train_classifier(net, images, labels, flip=faces, steps=1800 if faces else 1000)
+    if y is None:
+        y = torch.randint(0, 4, (len(x),), generator=seeded(0))
+        x = rotate(x, y)
+    net.accuracy = tuple((g == t).float().mean().item() for g, t in zip(net.eval().attributes(x), targets(y, heads)))
     progress(f"{net.name}: {'rotations' if labels is None else 'test accuracy'} "
              f"{' / '.join(f'{100 * a:.2f}%' for a in net.accuracy)}, {time.monotonic() - start:.0f} s", end="\n")
     state = {k: v.cpu() for k, v in net.state_dict().items()}
@@ -340,54 +323,36 @@ WEIGHTS_URLS = ["https://github.com/mseitzer/pytorch-fid/releases/download/fid_w
                 "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + WEIGHTS[3:]]
 
 
-class Conv(nn.Module):
+def Conv(i, o, k, stride=1, keep_size=True):
     """Convolution, batch norm, ReLU. Padding keeps the size unless stride or keep_size say otherwise."""
-
-    def __init__(self, i, o, k, stride=1, keep_size=True):
-        super().__init__()
-        k = (k, k) if isinstance(k, int) else k
-        padding = (k[0] // 2, k[1] // 2) if keep_size and stride == 1 else 0
-        self.conv = nn.Conv2d(i, o, k, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(o, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
-    def fold(self):
-        """W' = W s, b' = beta - mean s, s = gamma / sqrt(var + eps): the batch norm goes into the convolution."""
-        c, bn = self.conv, self.bn
-        s = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-        folded = nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding)
-        folded.weight.data = (c.weight.double() * s[:, None, None, None]).float()
-        folded.bias.data = (bn.bias.double() - bn.running_mean.double() * s).float()
-        self.conv, self.bn = folded, nn.Identity()
+    k = (k, k) if isinstance(k, int) else k
+    conv = nn.Conv2d(i, o, k, stride, (k[0] // 2, k[1] // 2) if keep_size and stride == 1 else 0, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(o, eps=1e-3), relu=nn.ReLU(inplace=True)))
 
 
-POOLS = {"avg": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),    # torchvision counts the padding
+def fold(m):
+    """W' = W s, b' = beta - mean s, s = gamma / sqrt(var + eps): the batch norm of a Conv goes into its convolution."""
+    s = m.bn.weight.double() / (m.bn.running_var.double() + m.bn.eps).sqrt()
+    m.conv.weight.data = (m.conv.weight.double() * s[:, None, None, None]).float()
+    m.conv.bias = nn.Parameter((m.bn.bias.double() - m.bn.running_mean.double() * s).float())
+    m.bn = nn.Identity()
+
+
+# block -> branches, joined by channel -> layers: (name, channels, kernel[, stride]), a pool, or a list: forks again.
+# 5b - 7b differ from torchvision in the average pool, which counts its padding there; 7c's is a maximum here.
+POOLS = {"avg": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
          "max": lambda x: F.max_pool2d(x, 3, 1, 1), "max2": lambda x: F.max_pool2d(x, 3, 2)}
-
-
-def block_a(pool):
-    """35 x 35. Differs from torchvision in the average pool (see POOLS)."""
-    return [[("1x1", 64, 1)], [("5x5_1", 48, 1), ("5x5_2", 64, 5)],
-            [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3)], ["avg", ("_pool", pool, 1)]]
-
-
-def block_c(c):
-    """17 x 17. Differs from torchvision in the average pool."""
-    return [[("1x1", 192, 1)], [("7x7_1", c, 1), ("7x7_2", c, (1, 7)), ("7x7_3", 192, (7, 1))],
-            [("7x7dbl_1", c, 1), ("7x7dbl_2", c, (7, 1)), ("7x7dbl_3", c, (1, 7)), ("7x7dbl_4", c, (7, 1)),
-             ("7x7dbl_5", 192, (1, 7))], ["avg", ("_pool", 192, 1)]]
-
-
-def block_e(pool):
-    """8 x 8. 7b differs from torchvision in the average pool; 7c has a maximum pool, torchvision an average."""
-    return [[("1x1", 320, 1)], [("3x3_1", 384, 1), [("3x3_2a", 384, (1, 3)), ("3x3_2b", 384, (3, 1))]],
-            [("3x3dbl_1", 448, 1), ("3x3dbl_2", 384, 3), [("3x3dbl_3a", 384, (1, 3)), ("3x3dbl_3b", 384, (3, 1))]],
-            [pool, ("_pool", 192, 1)]]
-
-
-# block -> branches, joined by channel -> layers: (name, channels, kernel[, stride]), a pool, or a list that forks again
+block_a = lambda pool: [                                                   # 35 x 35
+    [("1x1", 64, 1)], [("5x5_1", 48, 1), ("5x5_2", 64, 5)],
+    [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3)], ["avg", ("_pool", pool, 1)]]
+block_c = lambda c: [                                                      # 17 x 17
+    [("1x1", 192, 1)], [("7x7_1", c, 1), ("7x7_2", c, (1, 7)), ("7x7_3", 192, (7, 1))],
+    [("7x7dbl_1", c, 1), ("7x7dbl_2", c, (7, 1)), ("7x7dbl_3", c, (1, 7)), ("7x7dbl_4", c, (7, 1)),
+     ("7x7dbl_5", 192, (1, 7))], ["avg", ("_pool", 192, 1)]]
+block_e = lambda pool: [                                                   # 8 x 8
+    [("1x1", 320, 1)], [("3x3_1", 384, 1), [("3x3_2a", 384, (1, 3)), ("3x3_2b", 384, (3, 1))]],
+    [("3x3dbl_1", 448, 1), ("3x3dbl_2", 384, 3), [("3x3dbl_3a", 384, (1, 3)), ("3x3dbl_3b", 384, (3, 1))]],
+    [pool, ("_pool", 192, 1)]]
 MIXED = {"5b": block_a(32), "5c": block_a(64), "5d": block_a(64),
          "6a": [[("3x3", 384, 3, 2)], [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3, 2)], ["max2"]],
          "6b": block_c(128), "6c": block_c(160), "6d": block_c(160), "6e": block_c(192),
@@ -401,22 +366,25 @@ class Mixed(nn.Module):
 
     def __init__(self, i, branches):
         super().__init__()
-        self.branches, self.out = branches, 0
-        for branch in branches:
-            c = i
-            for layer in branch:
-                fork = layer if isinstance(layer, list) else [layer] if isinstance(layer, tuple) else []
-                for name, o, *shape in fork:
-                    self.add_module("branch" + name, Conv(c, o, *shape))
-                c = sum(l[1] for l in fork) or c                           # a pool keeps the channels
-            self.out += c
+        self.branches, self.out = branches, sum(self.build(i, branch) for branch in branches)
+
+    def build(self, c, branch):
+        """Makes the layers of a branch that c channels enter; returns how many leave it."""
+        for layer in branch:
+            if isinstance(layer, list):
+                c = sum(self.build(c, [one]) for one in layer)
+            elif layer not in POOLS:                                       # a pool keeps the channels
+                name, o, *shape = layer
+                self.add_module("branch" + name, Conv(c, o, *shape))
+                c = o
+        return c
 
     def follow(self, branch, h):
         for layer in branch:
             if isinstance(layer, list):
                 h = torch.cat([self.follow([one], h) for one in layer], 1)
             else:
-                h = POOLS[layer](h) if isinstance(layer, str) else getattr(self, "branch" + layer[0])(h)
+                h = POOLS[layer](h) if layer in POOLS else getattr(self, "branch" + layer[0])(h)
         return h
 
     def forward(self, x):
@@ -426,7 +394,7 @@ class Mixed(nn.Module):
 class Inception(nn.Module):
     """Inception v3 (Szegedy 2016) as the TensorFlow graph of 2015-12-05 has it, whose features published FIDs use.
 
-    23,850,960 parameters. Differs from torchvision's in the pools (see the blocks), in 1008 classes, in having no
+    23,850,960 parameters. Differs from torchvision's in the pools (see POOLS), in 1008 classes, in having no
     auxiliary head, and in the input: 299 x 299 by bilinear resizing without antialiasing, scaled to [-1, 1]."""
 
     def __init__(self):
@@ -449,8 +417,7 @@ class Inception(nn.Module):
         """(N, 3, 299, 299) in [-1, 1] -> [(N, 64, 73, 73), (N, 192, 35, 35), (N, 768, 17, 17), (N, 2048)]."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         out = [F.max_pool2d(x, 3, 2)]
-        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(out[0])), 3, 2)
-        out.append(x)
+        out += [x := F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(out[0])), 3, 2)]
         for block in MIXED:
             x = getattr(self, f"Mixed_{block}")(x)
             out += [x] if block == "6e" else []
@@ -480,8 +447,8 @@ class Inception(nn.Module):
         except (RuntimeError, TypeError, ValueError) as e:
             raise UserError(f"not the published FID Inception: {' '.join(str(e).split())[:200]}") from None
         for m in self.modules():
-            if isinstance(m, Conv):
-                m.fold()
+            if hasattr(m, "bn"):
+                fold(m)
         return self.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
@@ -496,28 +463,6 @@ def inception(device="cpu", bf16=0):
     if bf16:
         net.to(torch.bfloat16).name = "inception in bfloat16, not for publication"
     return net
-
-
-# ---- scores of a run -----------------------------------------------------------------------------------------------
-
-def score(net, real, fake, other_real):
-    """Metrics of uint8 pictures under net's features -> dict fid, kid, precision, recall, n, n_real, features, floor.
-
-    floor: FID of other_real (held out) against real, with floor_n pictures; a generator gets below it only by luck."""
-    x, y, z = (net.features(t) for t in (real, fake, other_real[:len(fake)]))
-    precision, recall = precision_recall(x, y)
-    mu, f = gaussian(x)                                                    # the real set's root, used twice
-    return dict(fid=distance(mu, f, *gaussian(y)), kid=kid(x, y), precision=precision, recall=recall, n=len(y),
-                n_real=len(x), features=net.name, floor=distance(mu, f, *gaussian(z)), floor_n=len(z))
-
-
-def line(s):
-    """`FID 12.3 (classifier-mnist-32, n = 10000, real-vs-real floor 0.4)` from score's dict: never a bare FID."""
-    n, n_real = (s[k] or "unknown" for k in ("n", "n_real"))
-    n = n if n == n_real else f"{n_real} real, {n}"
-    floor = f", real-vs-real floor {s['floor']:.2g}" if "floor" in s else ""
-    at = f" at n = {s['floor_n']}" if floor and s["floor_n"] != s["n"] else ""
-    return f"FID {s['fid']:.3g} ({s['features']}, n = {n}{floor}{at})"
 
 
 # ---- statistics: what is known of one side -------------------------------------------------------------------------
@@ -548,12 +493,12 @@ def load_stats(path):
         raise UserError(f"there is no {path}; write one with --save") from None
     except Exception as e:                                                 # a damaged zip raises nearly anything
         raise UserError(f"{path} is no readable npz ({type(e).__name__}); write it again with --save") from None
-    if not {"mu", "sigma"} <= set(held):
-        raise UserError(f"{path} lacks mu or sigma (it holds: {', '.join(held) or 'nothing'}); write one with --save")
-    shapes = [held[k].shape for k in ("mu", "sigma") + (("root",) if "root" in held else ())]
-    if len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0] or shapes[-1][:1] != shapes[0] or not all(
-            np.isfinite(held[k]).all() for k in ("mu", "sigma", "root") if k in held):
-        raise UserError(f"{path} holds no finite mean (d,) and covariance (d, d): {shapes}; write it again with --save")
+    need({"mu", "sigma"} <= set(held),
+         f"{path} lacks mu or sigma (it holds: {', '.join(held) or 'nothing'}); write one with --save")
+    parts = [held[k] for k in ("mu", "sigma", "root") if k in held]
+    mu, *rest = shapes = [p.shape for p in parts]
+    need(len(mu) == 1 and rest[0] == 2 * mu and rest[-1][:1] == mu and all(np.isfinite(p).all() for p in parts),
+         f"{path} holds no finite mean (d,) and covariance (d, d): {shapes}; write it again with --save")
     root = float64(held["root"]) if "root" in held else factor(float64(held["sigma"]))
     return Stats(str(path), str(held.get("features", "inception")), int(held.get("n", 0)), float64(held["mu"]), root)
 
@@ -582,25 +527,22 @@ def from_folder(folder, cfg):
     """Every picture under a folder, decoded when its turn comes; grey if 32 of them, evenly spaced, all are."""
     files = data.pictures(folder)
 
-    def grey(path):
-        with contextlib.suppress(Exception), Image.open(path) as im:       # broken ones are read()'s business
-            return im.mode in ("1", "L", "LA", "I", "I;16")
-        return True
-    channels = 1 if all(grey(f) for f in files[::-(-len(files) // 32)]) else 3
-    source = Source(str(folder), len(files), channels, None, cfg.size, str(folder))
+    def mode(path):
+        with contextlib.suppress(Exception), Image.open(path) as im:       # broken ones, None, are read()'s business
+            return im.mode
 
     def read(indices):
         pictures = []
         for i in indices:
             try:
-                picture = data.read_picture(files[i], channels)
+                picture = data.read_picture(files[i], source.channels)
                 pictures.append(data.fit(picture, cfg.size) if cfg.size else picture)
             except UserError as e:
-                if not cfg.skip_broken:
-                    raise UserError(f"{e}, or go on without it: --skip-broken 1") from None
+                need(cfg.skip_broken, f"{e}, or go on without it: --skip-broken 1")
                 source.skipped += 1
         return pictures
-    source.read = read
+    channels = 1 if {mode(f) for f in files[::-(-len(files) // 32)]} <= {None, "1", "L", "LA", "I", "I;16"} else 3
+    source = Source(str(folder), len(files), channels, read, cfg.size, str(folder))
     return source
 
 
@@ -610,16 +552,15 @@ def from_array(path, name, kind=""):
         a = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{path} is no readable npy ({e}); write it again") from None
-    if a.dtype != np.uint8 or a.ndim != 4 or a.shape[3] not in (1, 3):
-        raise UserError(f"{path} is {a.dtype} {a.shape}; wanted: uint8, N x H x W x 1 or 3")
-    return Source(str(name), len(a), a.shape[3], lambda i: list(torch.from_numpy(a[i]).permute(0, 3, 1, 2)), a.shape[1],
-                  kind)
+    need(a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] in (1, 3),
+         f"{path} is {a.dtype} {a.shape}; wanted: uint8, N x H x W x 1 or 3")
+    read = lambda i: list(torch.from_numpy(a[i]).permute(0, 3, 1, 2))
+    return Source(str(name), len(a), a.shape[3], read, a.shape[1], kind)
 
 
 def is_run(word):
     """Whether a word of the command line is a run's folder or checkpoint."""
-    path = Path(word)
-    return path.suffix == ".pt" or (path / "last.pt").is_file() or (path / "samples.npy").is_file()
+    return word.endswith(".pt") or any(Path(word, file).is_file() for file in ("last.pt", "samples.npy"))
 
 
 def from_run(path, wanted):
@@ -628,8 +569,8 @@ def from_run(path, wanted):
     samples, kind = folder / "samples.npy", ""
     if last.exists() or last == path or not samples.exists():
         config = data.load_checkpoint(last).get("config", {})
-        if "preset" not in config:
-            raise UserError(f"{last} is none of gan.py's; put samples beside it: {samples}, uint8 N x H x W x C")
+        need("preset" in config,
+             f"{last} is none of gan.py's; put samples beside it: {samples}, uint8 N x H x W x C")
         with contextlib.suppress(OSError, ValueError, KeyError):
             kind = json.loads((folder / "result.json").read_text())["data"]["name"]
         kind = kind or config["data"]
@@ -639,8 +580,8 @@ def from_run(path, wanted):
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in config.items() if k not in own]
             command = [sys.executable, str(Path(__file__).with_name("gan.py")), config["preset"], *flags,
                        "--out", str(folder), "--resume=1", "--steps=0", "--show=dump", f"--dump={wanted}"]
-            if subprocess.run(command, stdout=sys.stderr).returncode:
-                raise UserError(f"gan.py could not draw samples from {last}: see its message above")
+            drawn = subprocess.run(command, stdout=sys.stderr)
+            need(drawn.returncode == 0, f"gan.py could not draw samples from {last}: see its message above")
     return from_array(samples, folder, kind)
 
 
@@ -648,8 +589,7 @@ def open_source(word, size, cfg):
     """A word of the command line -> Source: data set NAME[:SPLIT], a run or its last.pt, an .npy, else a folder."""
     name, _, split = word.partition(":")
     if name in data.SETS:
-        if split not in ("", "train", "test", "all"):
-            raise UserError(f"{word}: a split is train, test or all")
+        need(split in ("", "train", "test", "all"), f"{word}: a split is train, test or all")
         return from_set(name, split or "train", size)
     if is_run(word):
         return from_run(Path(word), cfg.n or 10_000)
@@ -658,7 +598,7 @@ def open_source(word, size, cfg):
 
 def measure(source, net, cfg):
     """Source -> Stats: features in chunks of cfg.batch pictures, so never all decoded at once, with time left."""
-    index = torch.randperm(source.n, generator=torch.Generator().manual_seed(cfg.seed))[:cfg.n or None].sort().values
+    index = torch.randperm(source.n, generator=seeded(cfg.seed))[:cfg.n or None].sort().values
     start, done, x = time.monotonic(), 0, []
     for chunk in index.split(cfg.batch):
         pictures = source.read(chunk.numpy())
@@ -670,8 +610,7 @@ def measure(source, net, cfg):
     n = sum(len(f) for f in x)
     progress(f"{source.name}: {n:,} pictures, {done / seconds:.1f} images/s" +
              (f", {source.skipped} broken left out" if source.skipped else ""), end="\n")
-    if n < 2:
-        raise UserError(f"{source.name}: {n} readable picture(s); a covariance needs at least 2")
+    need(n >= 2, f"{source.name}: {n} readable picture(s); a covariance needs at least 2")
     return Stats(source.name, net.name, n, *gaussian(torch.cat(x)), torch.cat(x))
 
 
@@ -681,8 +620,7 @@ def network(cfg, sources):
     if cfg.features == "inception":
         return inception(device, cfg.bf16)
     name = cfg.data or next((s.data for s in sources if s.data), "")
-    if not name:
-        raise UserError("the classifier of which data set? name it: --data mnist")
+    need(name, "the classifier of which data set? name it: --data mnist")
     size = cfg.size or next((s.size for s in sources if s.size), 32)
     return classifier(data.choose(name, size)[0] if "," in name else name, size, device)
 
@@ -696,31 +634,48 @@ def statistics(cfg):
             opened[word] = open_source(word, size, cfg)
     if len(words) == 1 and not cfg.save:                                   # a run alone: against its own data
         run = opened[words[0]]
-        if not run.data:
-            raise UserError(f"{words[0]} does not say its data; name it: python fid.py REAL {words[0]}")
+        need(run.data, f"{words[0]} does not say its data; name it: python fid.py REAL {words[0]}")
         words.insert(0, "its data")
         opened["its data"] = from_set(run.data, "train", run.size)
-    if len({s.channels for s in opened.values()}) > 1:
-        raise UserError("different channels: " + ", ".join(f"{s.name} has {s.channels}" for s in opened.values()) +
-                        "; convert one of them")
+    need(len({s.channels for s in opened.values()}) <= 1, "different channels: " +
+         ", ".join(f"{s.name} has {s.channels}" for s in opened.values()) + "; convert one of them")
     if opened:
         net = network(cfg, [opened[w] for w in words if w in opened])
-        if other := [s for s in stats.values() if s.features != net.name]:
-            raise UserError(f"{other[0].name} holds {other[0].features} features, not {net.name}: measure it again")
+        for s in stats.values():
+            need(s.features == net.name, f"{s.name} holds {s.features} features, not {net.name}: measure it again")
         stats |= {word: measure(source, net, cfg) for word, source in opened.items()}
     return [stats[w] for w in words]
 
 
 # ---- one comparison ------------------------------------------------------------------------------------------------
 
+def score(net, real, fake, other_real):
+    """Metrics of uint8 pictures under net's features -> dict fid, kid, precision, recall, n, n_real, features, floor.
+
+    floor: FID of other_real (held out) against real, with floor_n pictures; a generator gets below it only by luck."""
+    x, y, z = (net.features(t) for t in (real, fake, other_real[:len(fake)]))
+    precision, recall = precision_recall(x, y)
+    g = gaussian(x)                                                        # with the real set's root, used twice
+    return dict(fid=distance(*g, *gaussian(y)), kid=kid(x, y), precision=precision, recall=recall, n=len(y),
+                n_real=len(x), features=net.name, floor=distance(*g, *gaussian(z)), floor_n=len(z))
+
+
+def line(s):
+    """`FID 12.3 (classifier-mnist-32, n = 10000, real-vs-real floor 0.4)` from score's dict: never a bare FID."""
+    n, n_real = (s[k] or "unknown" for k in ("n", "n_real"))
+    n = n if n == n_real else f"{n_real} real, {n}"
+    floor = f", real-vs-real floor {s['floor']:.2g}" if "floor" in s else ""
+    at = f" at n = {s['floor_n']}" if floor and s["floor_n"] != s["n"] else ""
+    return f"FID {s['fid']:.3g} ({s['features']}, n = {n}{floor}{at})"
+
+
 def extrapolate(real, fake, seed=0, most=5):
     """FID at infinite n (Chong & Forsyth 2020): the line FID_n = FID_inf + c / n, read at 1/n = 0.
 
     Both sets are cut into k = 1 .. 5 disjoint parts (n = N / k) and the FIDs of the parts averaged, so that each point
     has seen all pictures. real, fake: Stats; saved ones stay whole, and biased. -> (FID_inf, its standard error)."""
-    def parts(s, k):
-        order = torch.randperm(s.n, generator=torch.Generator().manual_seed(seed))
-        return k * [(s.mu, s.root)] if s.x is None else [gaussian(s.x[i]) for i in order.tensor_split(k)]
+    parts = lambda s, k: [gaussian(s.x[i]) for i in torch.randperm(s.n, generator=seeded(seed)).tensor_split(k)] if (
+        s.x is not None) else k * [(s.mu, s.root)]
     ks = range(1, most + 1)
     fids = [np.mean([distance(*a, *b) for a, b in zip(parts(real, k), parts(fake, k))]) for k in ks]
     (_, fid_inf), covariance = np.polyfit(ks, fids, 1, cov=True)
@@ -731,37 +686,38 @@ def compare(a, b, cfg, most=10_000):
     """All metrics of two Stats, a the real one -> dict; what needs the features is left out for saved statistics.
 
     KID, precision and recall look at up to `most` pictures a side: they cost n^2."""
-    if a.features != b.features:
-        raise UserError(f"{a.name} holds {a.features} features, {b.name} {b.features}: measure both with one network")
-    out = dict(fid=distance(a.mu, a.root, b.mu, b.root), n=b.n, n_real=a.n, features=b.features, real=a.name,
+    need(a.features == b.features,
+         f"{a.name} holds {a.features} features, {b.name} {b.features}: measure both with one network")
+    out = dict(fid=distance(a.mu, a.root, b.mu, b.root), n=b.n, n_real=a.n, features=a.features, real=a.name,
                fake=b.name)
-    shuffled = lambda s: s.x[torch.randperm(s.n, generator=torch.Generator().manual_seed(cfg.seed))]
-    if a.x is not None and a.n >= 4:                                       # the floor: two halves of the real set
-        out |= dict(floor=fid(*shuffled(a)[:a.n // 2 * 2].chunk(2)), floor_n=a.n // 2)
-    if a.x is not None and b.x is not None:
-        x, y = shuffled(a)[:most], shuffled(b)[:most]
+    x, y = (None if s.x is None else s.x[torch.randperm(s.n, generator=seeded(cfg.seed))] for s in (a, b))
+    if x is not None and a.n >= 4:                                         # the floor: two halves of the real set
+        out |= dict(floor=fid(*x[:a.n // 2 * 2].chunk(2)), floor_n=a.n // 2)
+    if x is not None and y is not None:
+        x, y, n = x[:most], y[:most], min(a.n, b.n)
         out["kid"] = kid(x, y)
-        if min(len(x), len(y)) >= 20:
-            out["kid_error"] = kid_error(x, y)
-        if min(len(x), len(y)) > 3:
+        if n >= 20:                                                        # KID on 10 disjoint blocks a side
+            blocks = [kid(p, q) for p, q in zip(x.tensor_split(10), y.tensor_split(10))]
+            out["kid_error"] = float(np.std(blocks, ddof=1) / 10 ** 0.5)
+        if n > 3:
             out["precision"], out["recall"] = precision_recall(x, y)
     if cfg.extrapolate:
-        if b.x is None or b.n < 100:
-            raise UserError(f"--extrapolate needs at least 100 pictures of {b.name}, not its statistics")
+        need(b.x is not None and b.n >= 100,
+             f"--extrapolate needs at least 100 pictures of {b.name}, not its statistics")
         out["fid_inf"], out["fid_inf_error"] = extrapolate(a, b, cfg.seed)
     return out
 
 
 def report(r, d):
     """Prints compare's dict; d, the number of features."""
+    error = f" +- {r['kid_error']:.1g} (standard error over 10 blocks)" if "kid_error" in r else ""
     if "kid" in r:
-        error = f" +- {r['kid_error']:.1g} (standard error over 10 blocks)" if "kid_error" in r else ""
         print(f"KID {r['kid']:.4g}{error}")
     if "precision" in r:
         print(f"precision {r['precision']:.3f}  recall {r['recall']:.3f}  (k = 3)")
     if "fid_inf" in r:
         print(f"FID at infinite n {r['fid_inf']:.3g} +- {r['fid_inf_error']:.1g} (a line in 1/n through 1 .. 5 parts)")
-    n = min([k for k in (r["n"], r["n_real"]) if k], default=10_000)
+    n = min(r["n"] or 10_000, r["n_real"] or 10_000)                       # 0: unknown
     if n < 10_000:
         print(f"warning: n = {n:,} is small. FID is too high by about c/n (2048 features, equal sets: 4.6 at n = 1000, "
               f"0.5 at 10,000):\n         compare at one n only, or use --extrapolate 1" +
@@ -774,12 +730,12 @@ def report(r, d):
 def newton_schulz(a, iterations=25):
     """Root of a (d, d) by products alone (Higham 2008, chapter 6): Y -> a^1/2, Z -> a^-1/2. Good on a GPU and for
     autograd; slow to reach small eigenvalues, and an FID has thousands of them."""
-    norm, one = a.norm(), torch.eye(len(a), dtype=a.dtype)
-    y, z = a / norm, one
+    one = torch.eye(len(a), dtype=a.dtype)
+    y, z = a / a.norm(), one
     for _ in range(iterations):
         t = (3 * one - z @ y) / 2
         y, z = y @ t, t @ z
-    return y * norm.sqrt()
+    return y * a.norm().sqrt()
 
 
 def denman_beavers(a, iterations=20):
@@ -800,7 +756,7 @@ def root_problem(d, n, seed=0):
     """A pair of covariances whose root is known: factor F1 (d, n) of S1, map T, S1, S2 = T S1 T, FID.
 
     T symmetric and positive definite: S1 S2 = (S1 T)^2, so tr (S1 S2)^1/2 = tr (S1 T) exactly."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     x, w = normal(n, d) * torch.arange(1, d + 1) ** -0.8, normal(d, d) / d ** 0.5     # variances 1 .. d^-1.6
     f1, T = ((x - x.mean(0)) / (n - 1) ** 0.5).T, torch.eye(d, dtype=torch.float64) + 0.2 * w @ w.T
@@ -810,43 +766,42 @@ def root_problem(d, n, seed=0):
 
 def roots(d=2048, n=1000):
     """Prints seconds and relative FID error of the ways to the root: at full rank (5 d samples), and singular (n)."""
-    cells, zero = {}, torch.zeros(d, dtype=torch.float64)
+    rows = {}
     for m in (5 * d, n):
         f1, T, s1, s2, exact = root_problem(d, m)
-        full, root1 = m > d, factor(s1)
-        from_trace = lambda t: (s1.trace() + s2.trace() - 2 * t).item()
-        ways = {f"Newton-Schulz, {k} iterations": lambda k=k: from_trace(newton_schulz(s1 @ s2, k).trace())
-                for k in (25, 40)}
-        ways |= {"Denman-Beavers, 20 iterations": lambda: from_trace(denman_beavers(s1 @ s2).trace()),
-                 "two eigendecompositions": lambda: from_trace(symmetric_trace(s1, s2)),
-                 "here, from two covariances": lambda: frechet_distance(zero, s1, zero, s2),
-                 "here, the real root kept": lambda: from_trace(trace_root(root1, s2)),
-                 "here, from features, n <= d": lambda: None if full else distance(zero, f1, zero, T @ f1)}
+        kept = factor(s1)
+        ways = {"Newton-Schulz, 25 iterations": lambda: newton_schulz(s1 @ s2, 25).trace(),
+                "Newton-Schulz, 40 iterations": lambda: newton_schulz(s1 @ s2, 40).trace(),
+                "Denman-Beavers, 20 iterations": lambda: denman_beavers(s1 @ s2).trace(),
+                "two eigendecompositions": lambda: symmetric_trace(s1, s2),
+                "here, from two covariances": lambda: trace_root(factor(s1), s2),
+                "here, the real root kept": lambda: trace_root(kept, s2),
+                "here, from features, n <= d": lambda: None if m > d else nuclear_norm(f1.T @ T @ f1)}
         with contextlib.suppress(ImportError):
             from scipy import linalg, __version__ as version
-            ways[f"scipy {version} sqrtm(s1 @ s2)"] = lambda: from_trace(np.trace(linalg.sqrtm((s1 @ s2).numpy())).real)
+            ways[f"scipy {version} sqrtm(s1 @ s2)"] = lambda: np.trace(linalg.sqrtm((s1 @ s2).numpy())).real
         for name, way in ways.items():
-            start, value = time.perf_counter(), float("nan")
+            start, trace = time.perf_counter(), float("nan")
             with contextlib.suppress(RuntimeError):                        # LAPACK: the inverse of a singular matrix
-                value = way()
-            cells.setdefault(name, []).append(f"{'-':>11}{'-':>11}" if value is None else
-                                              f"{time.perf_counter() - start:9.2f} s{abs(value / exact - 1):11.1e}")
+                trace = way()
+            error = abs((s1.trace() + s2.trace() - 2 * (trace or 0)).item() / exact - 1)
+            rows[name] = rows.get(name, f"{name:32}") + (f"{'-':>11}{'-':>11}" if trace is None else
+                                                         f"{time.perf_counter() - start:9.2f} s{error:11.1e}")
     print(f"d = {d}, float64, {torch.get_num_threads()} threads; relative error of the FID\n{'':32}"
           f"{'full rank':>11}{'error':>11}{f'n = {n}':>11}{'error':>11}")
-    print("\n".join(f"{name:32}" + "".join(row) for name, row in cells.items()))
+    print("\n".join(rows.values()))
 
 
 def stand_in(seed=0):
     """Inception state dict of random weights of sensible size: for timing where the published file is not at hand."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        state = Inception().state_dict()
-        for key, t in state.items():
-            if key.endswith("conv.weight"):
-                nn.init.kaiming_normal_(t)
-            elif key.endswith("running_mean"):
-                t.normal_(0, 0.3)
-    return state
+        net = Inception()
+        for m in net.modules():
+            if hasattr(m, "bn"):
+                nn.init.kaiming_normal_(m.conv.weight)
+                m.bn.running_mean.normal_(0, 0.3)
+    return net.state_dict()
 
 
 def speed(device, n=64, rounds=3):
@@ -856,14 +811,14 @@ def speed(device, n=64, rounds=3):
     nets = {plain: Inception(), "folded, channels_last": Inception().load_published(state),
             "the same in bfloat16": Inception().load_published(state).to(torch.bfloat16)}
     nets[plain].load_state_dict(dict(state))
-    images = torch.randint(0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    seconds, f = {k: [] for k in nets}, {}
-    for _ in range(rounds + 1):                                            # the first round warms up
+    images = torch.randint(0, 256, (n, 3, 32, 32), generator=seeded(0)).byte()
+    best, f = {}, {}
+    for turn in range(rounds + 1):
         for name, net in nets.items():
             start = time.perf_counter()
             f[name] = net.to(device).features(images)
-            seconds[name].append(time.perf_counter() - start)
-    best = {k: min(s[1:]) for k, s in seconds.items()}
+            if turn:                                                       # the first one warms up
+                best[name] = min(best.get(name, np.inf), time.perf_counter() - start)
     for name in nets:
         print(f"{name:34}{n / best[name]:8.1f} images/s  x {best[plain] / best[name]:.2f}  "
               f"feature error {((f[name] - f[plain]).norm() / f[plain].norm()).item():.1e}")
@@ -871,33 +826,27 @@ def speed(device, n=64, rounds=3):
 
 # ---- main ----------------------------------------------------------------------------------------------------------
 
-def check(cfg):
-    """What makes no sense ends here, in one line."""
-    if cfg.features not in ("inception", "classifier"):
-        raise UserError(f"--features {cfg.features} is unknown; inception or classifier")
-    if cfg.n < 0 or cfg.n == 1 or cfg.batch < 1:
-        raise UserError(f"--n {cfg.n} --batch {cfg.batch}: a covariance needs 2 pictures, a batch 1")
-    if cfg.bf16 and cfg.features != "inception":
-        raise UserError("--bf16 is for Inception; the classifier is fast as it is")
-    if not 1 <= len(cfg.sources) <= 2:
-        raise UserError(f"{len(cfg.sources)} sources; name two: python fid.py REAL GENERATED")
-    if len(cfg.sources) == 1 and not (cfg.save or is_run(cfg.sources[0])):
-        raise UserError(f"{cfg.sources[0]} against what? python fid.py REAL GENERATED, or --save FILE.npz")
-
-
 def main(argv=None):
     cfg, _ = data.arguments(Config, argv, positional="sources")
-    if tuple(cfg.sources) in (("roots",), ("speed",)):
-        return roots() if cfg.sources[0] == "roots" else speed(data.device(cfg.device))
-    check(cfg)
+    words = cfg.sources
+    if tuple(words) in (("roots",), ("speed",)):
+        return roots() if words[0] == "roots" else speed(data.device(cfg.device))
+    need(cfg.features in ("inception", "classifier"), f"--features {cfg.features} is unknown; inception or classifier")
+    need(cfg.n >= 0 and cfg.n != 1 and cfg.batch >= 1,
+         f"--n {cfg.n} --batch {cfg.batch}: a covariance needs 2 pictures, a batch 1")
+    need(not cfg.bf16 or cfg.features == "inception", "--bf16 is for Inception; the classifier is fast as it is")
+    need(len(words) in (1, 2), f"{len(words)} sources; name two: python fid.py REAL GENERATED")
+    need(len(words) == 2 or cfg.save or is_run(words[0]),
+         f"{words[0]} against what? python fid.py REAL GENERATED, or --save FILE.npz")
     with contextlib.redirect_stdout(sys.stderr) if cfg.json else contextlib.nullcontext():
         stats = statistics(cfg)
+        real = stats[0]
         if cfg.save:
-            save_stats(cfg.save, stats[0])
-            print(f"wrote {cfg.save}: {stats[0].features} statistics of {stats[0].name}, n = {stats[0].n:,}")
+            save_stats(cfg.save, real)
+            print(f"wrote {cfg.save}: {real.features} statistics of {real.name}, n = {real.n:,}")
         result = compare(*stats, cfg) if len(stats) == 2 else {}
     if result:
-        print(json.dumps(result)) if cfg.json else report(result, len(stats[0].mu))
+        print(json.dumps(result)) if cfg.json else report(result, len(real.mu))
 
 
 if __name__ == "__main__":
