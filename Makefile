@@ -88,14 +88,14 @@ cyclegan: $(VENV)  ## 10 min: Apple to Windows emojis and back without pairs (ca
 	$(PYTHON) cyclegan.py --resume 1 $(ARGS)
 
 unit: $(VENV)  ## 15 min: UNIT, the same with one shared latent space
-	$(PYTHON) cyclegan.py --model unit --resume 1 $(ARGS)
+	$(PYTHON) cyclegan.py --model unit --steps 1600 --resume 1 $(ARGS)
 
 sweep-lambda: $(VENV)  ## 15 min: nine weights of the cycle loss: too low ignores the input, too high copies it
-	$(PYTHON) cyclegan.py --data faces --sweep 0,0.005,0.01,0.015,0.025,0.05,0.1,0.5,1 --steps $(if $(FULL),5000,500) \
+	$(PYTHON) cyclegan.py --data faces --sweep 0,0.005,0.01,0.015,0.025,0.05,0.1,0.5,1 --steps $(if $(FULL),5000,400) --sample-every 400 \
 	  --out out/sweep-lambda$(FULL) --resume 1 $(ARGS)
 
 seeds: $(VENV)  ## 12 min: two seeds: shapes stay, colours change
-	for s in 11 1234; do $(PYTHON) cyclegan.py --data faces --seed $$s --steps $(if $(FULL),5000,2000) --out out/seeds$(FULL)/seed-$$s \
+	for s in 11 1234; do $(PYTHON) cyclegan.py --data faces --seed $$s --steps $(if $(FULL),5000,1000) --out out/seeds$(FULL)/seed-$$s \
 	  --resume 1 $(ARGS); done
 	$(PYTHON) data.py compare out/seeds$(FULL)/* --out out/sweep-seeds$(FULL)
 

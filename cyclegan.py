@@ -555,6 +555,15 @@ PANELS = [("losses (GAN terms)", ["D", "G"]),
           ("UNIT's mean mu^2, direct and of the cycle", ["kl", "cycle_kl"])]
 
 
+def headline(m):
+    """The numbers that matter most, from A to B and back: distance to the true answer where it is known, FID, cycle."""
+    both = lambda k, p: " and ".join(format(m[f"{w} {k}"], p) for w in ("ab", "ba"))
+    parts = ["L1 to the true picture " + " and ".join(f"{m[f'{w} L1'] / m[f'{w} L1 identity']:.1%}" for w in ("ab", "ba")) +
+             " of doing nothing's"] if "ab L1" in m else []
+    parts += [f"FID {both('FID', '.3g')} (classifier; untranslated {both('FID identity', '.3g')})"] if "ab FID" in m else []
+    return "; ".join(parts + [f"cycle L1 {both('cycle', '.3f')}"])
+
+
 def evaluate(cfg, G, D, step, log, a, b, out, device):
     """Pictures, metrics and result.json of a run. Returns the metrics."""
     wrote = [sample_sheet(G, a, b, out / "translations.png", f"{cfg.model}, step {step}", 16)]
@@ -563,19 +572,17 @@ def evaluate(cfg, G, D, step, log, a, b, out, device):
         wrote += [data.curves(out / "curves.png", log.table, PANELS), data.gif(out / "training.gif", sheets)]
     m = direction_metrics(G, a, b, "ab", cfg.size) | direction_metrics(G, b, a, "ba", cfg.size)
     count = {"G": sum(p.numel() for p in G.parameters()), "D": sum(p.numel() for p in D.parameters())}
-    seconds = log.table["seconds"][-1] if log.table else 0.
+    seconds, line = log.table["seconds"][-1] if log.table else 0., headline(m)
     data.write_json(out / "result.json", dict(
         command="python " + " ".join(sys.argv), config=dataclasses.asdict(cfg), step=step, device=str(device),
         versions=data.versions(), data={s: dict(name=x.name, n=len(x.images), sha256=data.fingerprint(x.images))
-                                        for s, x in (("a", a), ("b", b))},
-        parameters=count, seconds=seconds, images_per_second=step * cfg.batch / seconds if seconds else 0., metrics=m))
+                                        for s, x in (("a", a), ("b", b))}, parameters=count, seconds=seconds,
+        images_per_second=step * cfg.batch / seconds if seconds else 0., metrics=m, headline=line))
     keys = [k[3:] for k in m if k[:2] == "ab"]
     print(f"{'test pictures':18}{'A to B':>10}{'B to A':>10}")
     print("\n".join(f"{k:18}{m[f'ab {k}']:10.4g}{m.get(f'ba {k}', np.nan):10.4g}" for k in keys))
     print("wrote    " + " ".join(str(p) for p in wrote + [out / "result.json"]))
-    if "L1" in keys:
-        print("L1 to the true picture, as a share of doing nothing's: " +
-              ", ".join(f"{w} {m[f'{w} L1'] / m[f'{w} L1 identity']:.1%}" for w in ("ab", "ba")))
+    print(line)
     return m
 
 
