@@ -907,21 +907,21 @@ def compare(folders, out):
     for folder, r in runs:
         table.append(f"| {folder.name} | {r['parameters']['G']:,} / {r['parameters']['D']:,} | {r['step']:,} | "
                      f"{r['seconds']:.0f} | " + " | ".join(show(r["metrics"].get(k)) for k in names) + " |")
-    w, columns = 420, min(4, len(runs))
-    page_rows = -(-len(runs) // columns)
-    block = 24 + w + 320 + 18 * len(names) + 10
+    w, columns = 420, min(5, len(runs))
+    page_rows, shown = -(-len(runs) // columns), [k for k in names if k not in ("n", "n_real", "floor_n", "classes", "kid")]
+    block = 24 + w + 420 + 18 * len(shown) + 10
     page = Image.new("RGB", (w * columns, block * page_rows), "white")
     draw = ImageDraw.Draw(page)
     for i, (folder, r) in enumerate(runs):
         x, y = i % columns * w, i // columns * block
         draw.text((x + 8, y + 3), folder.name, fill="black", font=font(16))
-        for file, top, high in ((r["samples"], 24, w - 10), (folder / "curves.png", 24 + w, 310)):
+        for file, top, high in ((r["samples"], 24, w - 10), (folder / "curves.png", 24 + w, 410)):
             if file.exists():
                 im = Image.open(file).convert("RGB")
                 im.thumbnail((w - 10, high))
                 page.paste(im, (x + 5, y + top))
-        for k, name in enumerate(names):
-            draw.text((x + 8, y + 24 + w + 316 + 18 * k), f"{name}  {show(r['metrics'].get(name))}", fill="black", font=font(13))
+        for k, name in enumerate(shown):
+            draw.text((x + 8, y + 24 + w + 416 + 18 * k), f"{name}  {show(r['metrics'].get(name))}", fill="black", font=font(13))
     save(page, f"{out}.png")
     write_text(f"{out}.md", "\n".join(table) + "\n")
     return "\n".join(table)
