@@ -76,7 +76,7 @@ wgan-vs-dcgan: $(VENV)  ## 10 min: the same faces, steps and seconds, two losses
 	$(PYTHON) data.py compare out/loss$(FULL)/* --out out/wgan-vs-dcgan$(FULL)
 
 modes28: $(VENV)  ## 8 min: are the digits equally likely? 10,000 samples, and the course's 80
-	$(PYTHON) gan.py mnist28 --resume 1 --steps $(if $(FULL),20000,1500) --out out/modes28$(FULL)/mnist28 $(ARGS)
+	$(PYTHON) gan.py mnist28 --resume 1 --steps $(if $(FULL),20000,4000) --out out/modes28$(FULL)/mnist28 $(ARGS)
 	$(PYTHON) data.py compare out/modes28$(FULL)/* --out out/modes28$(FULL)-table
 
 # ---- fid.py, cyclegan.py, biggan_interp.py ----
