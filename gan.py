@@ -669,6 +669,11 @@ def metrics(G, cfg, name, images, labels, classes, device, out):
     else:
         data.bars(out / "classes.png", classes, {"real": wanted.tolist(), "generated": count.tolist()},
                   f"share of {len(x):,} samples by class")
+        expected = wanted * len(x)
+        result["chi2"] = ((count * len(x) - expected) ** 2 / expected.clamp(min=1e-9))[wanted > 0].sum().item()
+        result["missing in 80"] = n - len(guess[:80].unique())
+        print(f"likely   chi2 {result['chi2']:,.0f} against the data's class shares (chance stays under {chi2_bound(n - 1):.0f}); "
+              f"missing in the first 80 samples: {result['missing in 80']}")
         if y is not None:
             result["label accuracy"] = (guess == y).float().mean().item()
             print(f"labels   {100 * result['label accuracy']:.1f}% as asked; worst: {worst_pair(y, guess, classes)}")

@@ -373,6 +373,10 @@ def test_prompts():
             gan.parse_prompt(bad)
 
 
+def test_chi_square_bound():
+    assert [gan.chi2_bound(k) for k in (1, 9, 131)] == pytest.approx([3.84, 16.92, 158.71], rel=.03)      # tables
+
+
 def test_saturation_spread_and_worst_pair():
     x = torch.tensor([[1., -1, -1], [0, 0, 0], [1, 1, -1]])[:, :, None, None].expand(3, 3, 4, 4)
     assert torch.allclose(gan.saturation(x), torch.tensor(2 / 3)) and gan.spread(torch.ones(4, 1, 2, 2)) == 0
