@@ -1,6 +1,6 @@
 # GANs from scratch. `make` lists the targets. Flags pass through: make dcgan ARGS="--steps 200 --seed 3"
 # PYTHON=python3 uses your own Python (with torch, numpy, pillow, pytest) instead of .venv.
-# FULL=1 gives a sweep the course's own length; without it a sweep takes about 10 minutes on 2 cores.
+# Minutes are estimates for 2 cores without a GPU. FULL=1 gives a sweep the course's own length; without it a sweep takes about 10 minutes on 2 cores.
 PYTHON ?= .venv/bin/python
 PRESET ?= dcgan
 ARGS ?=
@@ -44,7 +44,7 @@ emoji: $(VENV)  ## 15 min: least-squares GAN on emojis (cartoon faces without ne
 anime: $(VENV)  ## 15 min: DCGAN on faces, 64 x 64
 	$(PYTHON) gan.py anime --resume 1 $(ARGS)
 
-wgan: $(VENV)  ## 60 min: Wasserstein GAN with clipping on the same faces
+wgan: $(VENV)  ## 20 min: Wasserstein GAN with clipping on the same faces
 	$(PYTHON) gan.py wgan --resume 1 $(ARGS)
 
 text2img: $(VENV)  ## 20 min: faces by hair and eye colour (ARGS='--prompt "blue hair green eyes"')
