@@ -1,7 +1,6 @@
 """Tests: every equation against a closed form or a reference, every promise tried. `make test`; no network is needed.
 
-Real data and reference numbers are used where ../shared (or DATA_DIR) has them and skipped elsewhere. Each test was
-seen to fail with the code it guards broken. `KILLS=30 python -m pytest test_all.py -k kill` is the long kill test.
+Real data and reference numbers are used where ../shared (or DATA_DIR) has them and skipped elsewhere. `KILLS=30 python -m pytest test_all.py -k kill` is the long kill test.
 """
 import contextlib, copy, dataclasses, functools, http.server, importlib.util, io, json, math, os, pickle, random, re, shutil, signal, struct
 import subprocess, sys, tarfile, threading, time
