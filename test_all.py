@@ -345,7 +345,7 @@ def test_averaged_generator():
     p, q = G.layers[0].weight.detach().clone(), H.layers[0].weight.detach().clone()
     gan.average(H, G, .75)
     assert torch.allclose(H.layers[0].weight, .75 * q + .25 * p)
-    S = gan.sampler(G, H, cfg, torch.device("cpu"))                  # its statistics are those of its own activations
+    S = gan.sampler(G, H.eval(), cfg, torch.device("cpu"))           # its statistics are those of its own activations
     x = gan.draw_z(4000, cfg, "cpu")
     with torch.no_grad():
         h = S.layers[0](x.view(-1, 16, 1, 1))
