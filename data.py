@@ -8,7 +8,7 @@ an index into it. No worker process, no picture decoded twice. What is downloade
 Sets: mnist, fashion, emoji-apple, emoji-windows, anime; a folder of your own pictures; and three that are drawn here
 and need no network: digits, faces-a and faces-b (one face, two drawing styles, every attribute known).
 """
-import argparse, contextlib, csv, dataclasses, gzip, hashlib, http.client, inspect, io, json, math, os, platform
+import argparse, contextlib, csv, ctypes, dataclasses, gzip, hashlib, http.client, inspect, io, json, math, os, platform
 import queue, re, shutil, signal, struct, sys, tarfile, threading, time, urllib.request, zlib
 from pathlib import Path
 
@@ -734,12 +734,20 @@ def arguments(Config, argv, presets=None, positional=None):
     return Config(**{**base, **changes}), {k: v for k, v in changes.items() if k != "preset"}
 
 
+def keep_memory():
+    """glibc: keep freed memory instead of handing it back, since each step's tensors would page it in anew (see make bench)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):       # other systems have another allocator
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, (1 << 31) - 1)      # M_MMAP_THRESHOLD 32 MB, M_TRIM_THRESHOLD 2 GB
+
+
 def device(name="auto"):
     """torch.device by name; "auto" is cuda, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
+        keep_memory()
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device {name} is not there; use --device cpu") from None
@@ -755,6 +763,26 @@ def ranks():
         if torch.distributed.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
+
+
+def first_rank(f):
+    """f() on rank 0 and then, when its files are there, on the others."""
+    if ranks()[0] > 0:
+        torch.distributed.barrier()
+    value = f()
+    if ranks() != (0, 1) and ranks()[0] == 0:
+        torch.distributed.barrier()
+    return value
+
+
+def over_ranks(f, x):
+    """f(x), tensor (n, ...) -> tensor (n, ...) on the CPU, where each rank works on its own part of x; whole on every rank."""
+    rank, world = ranks()
+    parts = [None] * world
+    if world == 1:
+        return f(x)
+    torch.distributed.all_gather_object(parts, f(x.tensor_split(world)[rank]))
+    return torch.cat(parts)
 
 
 def use_bf16(amp, device):

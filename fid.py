@@ -653,7 +653,7 @@ def score(net, real, fake, other_real):
     """Metrics of uint8 pictures under net's features -> dict fid, kid, precision, recall, n, n_real, features, floor.
 
     floor: FID of other_real (held out) against real, with floor_n pictures; a generator gets below it only by luck."""
-    x, y, z = (net.features(t) for t in (real, fake, other_real[:len(fake)]))
+    x, y, z = (data.over_ranks(net.features, t) for t in (real, fake, other_real[:len(fake)]))
     precision, recall = precision_recall(x, y)
     g = gaussian(x)                                                        # with the real set's root, used twice
     return dict(fid=distance(*g, *gaussian(y)), kid=kid(x, y), precision=precision, recall=recall, n=len(y),

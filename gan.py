@@ -47,7 +47,7 @@ class Config:
     clip: float = 0.0               # clip D's weights to [-clip, clip] after each D step
     gp: float = 0.0                 # weight of the gradient penalty
     r1: float = 0.0                 # gamma of the R1 penalty
-    r1_every: int = 8               # D steps between two R1 penalties, each then counted that many times
+    r1_every: int = 8               # G steps between two R1 penalties, each then counted that many times
     sn: int = 0                     # 1: spectral norm in D
     cond: str = "none"              # condition: none, planes (one-hot to z and as image planes), ac (auxiliary classifier)
     classes: int = 0                # classes of the condition (132: 12 hair x 11 eye colours); a run takes it from its data
@@ -66,6 +66,7 @@ class Config:
     seed: int = 0                   # seed of weights, batches and noise
     device: str = "auto"            # auto, cuda, mps, cpu
     amp: int = -1                   # bfloat16 autocast: 1 on, 0 off, -1 where the hardware has it
+    graph: int = 0                  # 1: replay each step as one CUDA graph (one GPU, Adam)
     samples: int = 10000            # pictures drawn for the metrics
     show: str = "all"               # what to evaluate: all, metrics, interp, dump
     log_every: int = 50             # steps between two lines of the log
@@ -398,10 +399,40 @@ def recompute_statistics(G, cfg, device, batches=40):
 # ---- training ------------------------------------------------------------------------------------------------------
 
 def optimiser(kind, net, lr, cfg):
-    """Adam, RMSprop or SGD over a network; fused: one kernel for all tensors."""
+    """Adam, RMSprop or SGD over a network; fused: one kernel for all tensors; its step count and rate on the GPU in a graph."""
     if kind == "adam":
-        return torch.optim.Adam(net.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
+        rate = torch.tensor(lr, device=next(net.parameters()).device) if cfg.graph else lr
+        return torch.optim.Adam(net.parameters(), rate, (cfg.beta1, cfg.beta2), fused=True, capturable=bool(cfg.graph))
     return {"rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}[kind](net.parameters(), lr)
+
+
+def set_lr(opt, lr):
+    """Change an optimiser's learning rate: in place where it is a tensor, as a captured graph reads it."""
+    group = opt.param_groups[0]
+    group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+
+
+def captured(turn, warm=3):
+    """turn() as a CUDA graph: hundreds of small kernels replayed by one launch. The first `warm` calls run as they are.
+
+    What turn() returns lives in the graph's own memory and is overwritten by the next call."""
+    calls, graph, out, side = 0, torch.cuda.CUDAGraph(), None, torch.cuda.Stream()
+
+    def call():
+        nonlocal calls, out
+        calls += 1
+        if calls <= warm:                                               # on a side stream, as capture wants it
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                out = turn()
+            torch.cuda.current_stream().wait_stream(side)
+            return out
+        if calls == warm + 1:
+            with torch.cuda.graph(graph):                               # records, does not run
+                out = turn()
+        graph.replay()
+        return out
+    return call
 
 
 def reduce_gradients(net, world):
@@ -479,14 +510,10 @@ def train(cfg, images, labels, out, device):
     fixed_z = draw_z(64, cfg, "cpu", torch.Generator().manual_seed(cfg.seed))
     mark, marked = time.monotonic(), start
 
-    for step in range(start + 1, cfg.steps + 1):
-        if cfg.decay:
-            factor = min(1., 2 * (1 - (step - 1) / cfg.steps))          # constant, then linearly to 0
-            for opt, lr in ((opt_G, cfg.lr), (opt_D, cfg.d_lr or cfg.lr)):
-                opt.param_groups[0]["lr"] = lr * factor
-
-        # ---- D: raise D(x), lower D(G(z)) ----
+    def turn(penalise):
+        """One turn of the game: cfg.d_steps steps of D, one of G. The host waits for nothing here."""
         for k in range(cfg.d_steps):
+            # ---- D: raise D(x), lower D(G(z)) ----
             i = torch.randint(len(images), (cfg.batch,), device=device)[share]
             x = encode(images[i]).contiguous(memory_format=torch.channels_last)      # (N, C, H, W)
             y = None if labels is None else labels[i]
@@ -503,7 +530,7 @@ def train(cfg, images, labels, out, device):
             logit = (lambda x: D(x, c)[0]) if cfg.cond == "ac" else (lambda x: D(x, c))
             if cfg.gp:
                 loss_D = loss_D + cfg.gp * gradient_penalty(logit, x, x_fake.detach().float())
-            if cfg.r1 and (step * cfg.d_steps + k) % cfg.r1_every == 0:
+            if penalise:
                 loss_D = loss_D + cfg.r1 * cfg.r1_every * r1_penalty(logit, x)
             opt_D.zero_grad()
             loss_D.backward()
@@ -528,6 +555,15 @@ def train(cfg, images, labels, out, device):
         D.requires_grad_(True)
         if cfg.ema:
             average(G_ema, G, cfg.ema)
+        return loss_D, loss_G, real, fake, fake2, x, x_fake
+
+    turns = {p: captured(lambda p=p: turn(p)) if cfg.graph else lambda p=p: turn(p) for p in (False, True)}
+    for step in range(start + 1, cfg.steps + 1):
+        if cfg.decay:
+            factor = min(1., 2 * (1 - (step - 1) / cfg.steps))          # constant, then linearly to 0
+            for opt, lr in ((opt_G, cfg.lr), (opt_D, cfg.d_lr or cfg.lr)):
+                set_lr(opt, lr * factor)
+        loss_D, loss_G, real, fake, fake2, x, x_fake = turns[bool(cfg.r1) and step % cfg.r1_every == 0]()
 
         if step % cfg.log_every == 0 or step in (1, cfg.steps):      # the only place that waits for the device
             with torch.no_grad():
@@ -634,17 +670,26 @@ def collapsed_at(log):
     return -1 if since is None else int(steps[since])
 
 
-def metrics(G, cfg, name, images, labels, classes, device, out):
-    """FID and friends of cfg.samples images against the data, class counts, and accuracy of the condition. Returns a dict."""
-    net = fid.classifier(name, cfg.size, device)
+def score(G, cfg, source, device):
+    """FID and friends of cfg.samples images against the data. Returns (classifier, metrics, the images, their labels).
+
+    Under torchrun every rank draws and looks at its share; rank 0 trains the classifier where there is none yet."""
+    name, images, labels, _ = source
+    net = data.first_rank(lambda: fid.classifier(name, cfg.size, device))
     shuffle = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     real = images.cpu()[shuffle][:cfg.samples]
     other = data.load(name, cfg.size, "test")[0]
     if len(other) < 1000:                                                # too few for a floor: two halves of the data
         real, other = real[:len(real) // 2], real[len(real) // 2:]
     y = None if cfg.cond == "none" else labels.cpu()[shuffle].repeat(-(-cfg.samples // len(labels)))[:cfg.samples]
-    x = sample(G, cfg.samples, cfg, device, y)                           # conditions as frequent as in the data
-    result = fid.score(net, real, x, other)
+    z = draw_z(cfg.samples, cfg, device, torch.Generator(device).manual_seed(1))      # conditions as frequent as in the data
+    x = data.over_ranks(lambda i: sample(G, len(i), cfg, device, None if y is None else y[i], z[i]), torch.arange(cfg.samples))
+    return net, fid.score(net, real, x, other), x, y
+
+
+def metrics(cfg, scored, labels, classes, out):
+    """What score() returned, with class counts and the accuracy of the condition. Returns a dict, draws the bars."""
+    net, result, x, y = scored
     guess, sure = net.predict(x)
     if labels is None:
         return result
@@ -685,7 +730,7 @@ PANELS = [("losses", ["D", "G"]), ("D of real, of fake before (z1) and after (z2
           ("saturation", ["sat real", "sat fake"]), ("estimated Wasserstein distance", ["W"])]
 
 
-def evaluate(cfg, G, D, step, log, source, out, device):
+def evaluate(cfg, G, D, step, log, source, scored, out, device):
     """Pictures, metrics, result.json of a run whose sampling network is G; source = (name, images, labels, classes)."""
     name, images, labels, classes = source
     if cfg.prompt:
@@ -710,7 +755,7 @@ def evaluate(cfg, G, D, step, log, source, out, device):
         wrote += [grids[-1], data.curves(out / "curves.png", log.table, PANELS), data.gif(out / "training.gif", grids)]
     if cfg.cond != "none":
         wrote.append(condition_grid(G, cfg, classes, device, out / "conditions.png"))
-    result = metrics(G, cfg, name, images, labels, classes, device, out)
+    result = metrics(cfg, scored, labels, classes, out)
     wrote += sorted(out.glob("classes*.png"))
     if log.table:
         result["collapsed at"] = collapsed_at(log)
@@ -756,6 +801,8 @@ def check(cfg):
         parse_prompt(cfg.prompt)
         if cfg.cond == "none" or cfg.classes != 132:
             raise UserError(f"--prompt belongs to text2img; {cfg.preset} knows no hair and eyes")
+    if cfg.graph and {cfg.g_opt, cfg.d_opt} != {"adam"}:
+        raise UserError("--graph 1 works with Adam for G and D only")
     if not 0 <= cfg.ema < 1:
         raise UserError(f"--ema must be in [0, 1), not {cfg.ema}")
 
@@ -771,6 +818,8 @@ def main(argv=None):
         raise UserError(f"no checkpoint {out / 'last.pt'}: train first, or name the run's folder with --out")
     rank, world = data.ranks()
     device = data.device(cfg.device)
+    if cfg.graph and (device.type != "cuda" or world > 1):
+        raise UserError(f"--graph 1 needs one CUDA device, not {world} x {device}; leave it out")
     if cfg.batch % world or cfg.batch // world < 2:
         raise UserError(f"--batch {cfg.batch} cannot be shared by {world} ranks; at least 2 pictures each")
     name, images, labels, classes = source = data.choose(cfg.data, cfg.size)
@@ -790,9 +839,10 @@ def main(argv=None):
           f"  bfloat16 {'on' if data.use_bf16(cfg.amp, device) else 'off'}", flush=True)
     images, labels = images.to(device), None if labels is None else labels.to(device)
     G, G_ema, D, step, log = train(cfg, images, labels, out, device)
-    if rank > 0:
-        return
-    evaluate(cfg, sampler(G, G_ema, cfg, device), D, step, log, source, out, device)
+    G = sampler(G, G_ema, cfg, device)
+    scored = score(G, cfg, source, device) if cfg.show in ("all", "metrics") and not cfg.prompt else None
+    if rank == 0:
+        evaluate(cfg, G, D, step, log, source, scored, out, device)
 
 
 if __name__ == "__main__":

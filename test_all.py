@@ -316,14 +316,53 @@ def test_resumed_training_is_uninterrupted_training_bit_for_bit(changes):
 
 
 def test_two_ranks_equal_one_with_the_joint_batch(home):
-    """torchrun on two processes: the MLP GAN (no batch norm, whose statistics are a rank's own) ends in the same weights."""
-    words = ["mlp", "--data", "digits", "--h", "4", "--bn", "none", "--batch", "16", "--steps", "4", "--amp", "0", "--show", "dump"]
-    subprocess.run([sys.executable, str(ROOT / "gan.py"), *words, "--out", "o/1"], check=True, capture_output=True)
+    """torchrun on two processes: the MLP GAN (no batch norm, whose statistics are a rank's own) ends in the same weights,
+    and its metrics, drawn and measured half by each rank, are those of one."""
+    words = ["mlp", "--data", "digits", "--h", "4", "--bn", "none", "--batch", "16", "--steps", "4", "--amp", "0", "--samples", "300"]
+    subprocess.run([sys.executable, str(ROOT / "gan.py"), *words, "--show", "dump", "--out", "o/1"], check=True, capture_output=True)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", "29517", str(ROOT / "gan.py"),
                     *words, "--out", "o/2"], check=True, capture_output=True)
     a, b = (torch.load(f"o/{i}/last.pt", weights_only=True) for i in (1, 2))
     for k in ("G", "D"):
         assert all(torch.allclose(a[k][n], b[k][n], atol=1e-5) for n in a[k])
+    two = json.loads(Path("o/2/result.json").read_text())["metrics"]
+    run(*words, "--steps", "0", "--out", "o/2")
+    one = json.loads(Path("o/2/result.json").read_text())["metrics"]
+    assert two["fid"] == pytest.approx(one["fid"], rel=1e-4) and {k: one[k] for k in ("n", "modes")} == {k: two[k] for k in ("n", "modes")}
+
+
+class FakeGraph:
+    """Stands in for torch.cuda.CUDAGraph where there is no GPU: counts, and replays what was recorded last."""
+    log = []
+
+    def replay(self):
+        self.log.append("replay")
+
+
+def test_captured_turn_runs_warm_then_records_once_then_replays(monkeypatch):
+    stream = type("S", (), {"wait_stream": lambda self, other: None})
+    for name, fake in dict(CUDAGraph=FakeGraph, Stream=stream, current_stream=stream, stream=contextlib.nullcontext,
+                           graph=lambda g: contextlib.nullcontext(FakeGraph.log.append("record"))).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    FakeGraph.log.clear()
+    turn = gan.captured(lambda: FakeGraph.log.append("turn") or len(FakeGraph.log), warm=2)
+    out = [turn() for _ in range(5)]
+    assert FakeGraph.log == ["turn", "turn", "record", "turn", "replay", "replay", "replay"] and out[2] == out[4]
+
+
+def test_a_learning_rate_in_a_tensor_trains_the_same():
+    """The form a graph needs (rate and step count as tensors) against the plain one, both on the CPU, decay included."""
+    nets = [gan.networks(tiny())[1] for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    opts = [gan.optimiser("adam", nets[0], 1e-3, tiny()), torch.optim.Adam(nets[1].parameters(), torch.tensor(1e-3), (.5, .999), fused=True)]
+    for step in range(4):
+        x = torch.randn(8, 1, 32, 32)
+        for net, opt in zip(nets, opts):
+            gan.set_lr(opt, 1e-3 * (4 - step) / 4)
+            opt.zero_grad()
+            net(x).square().mean().backward()
+            opt.step()
+    assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(nets[0].parameters(), nets[1].parameters()))
 
 
 def test_sampling_uses_running_statistics_and_leaves_the_state_alone():
