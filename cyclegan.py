@@ -478,7 +478,7 @@ def train(cfg, a, b, out, device):
         if last or step % cfg.sample_every == 0:
             data.save_checkpoint(out / "last.pt", dict({k: v.state_dict() for k, v in parts.items()}, step=step,
                                  config=dataclasses.asdict(cfg), rng=data.rng_state(), seconds=log.seconds))
-        if stop:
+        if stop and last:                                               # Ctrl-C since `last` was asked: at the next step
             print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
             raise KeyboardInterrupt
     return G, D, max(start, cfg.steps), log

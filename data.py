@@ -8,7 +8,7 @@ an index into it. No worker process, no picture decoded twice. What is downloade
 Sets: mnist, fashion, emoji-apple, emoji-windows, anime; a folder of your own pictures; and three that are drawn here
 and need no network: digits, faces-a and faces-b (one face, two drawing styles, every attribute known).
 """
-import argparse, contextlib, csv, ctypes, dataclasses, gzip, hashlib, http.client, inspect, io, json, math, os, platform
+import argparse, contextlib, csv, ctypes, dataclasses, glob, gzip, hashlib, http.client, inspect, io, json, math, os, platform
 import queue, re, shutil, signal, struct, sys, tarfile, threading, time, urllib.request, zlib
 from pathlib import Path
 
@@ -37,6 +37,9 @@ def atomic(path):
     """Yields a temporary path beside `path`; when the block ends well it is synced and renamed, otherwise removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):     # of a killed process
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part

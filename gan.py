@@ -594,7 +594,7 @@ def train(cfg, images, labels, out, device):
         if rank == 0 and (last or step % cfg.sample_every == 0):
             data.save_checkpoint(out / "last.pt", dict({k: v.state_dict() for k, v in parts.items()}, step=step,
                                  config=dataclasses.asdict(cfg), rng=data.rng_state(), seconds=log.seconds))
-        if stop:
+        if stop and last:                                               # Ctrl-C since `last` was asked: at the next step
             print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
             raise KeyboardInterrupt
     return G, G_ema, D, max(start, cfg.steps), log
@@ -660,7 +660,7 @@ def worst_pair(wanted, got, names):
 
 def chi2_bound(k):
     """The 95% point of chi-square with k degrees of freedom, Wilson & Hilferty 1931."""
-    return k * (1 - 2 / (9 * k) + 1.645 * (2 / (9 * k)) ** .5) ** 3
+    return k * (1 - 2 / (9 * k) + 1.645 * (2 / (9 * k)) ** .5) ** 3 if k else 0.
 
 
 def collapsed_at(log):
@@ -696,7 +696,7 @@ def metrics(cfg, scored, labels, classes, out):
     true, n = labels.cpu(), len(classes)
     count, wanted = torch.bincount(guess, minlength=n) / len(x), torch.bincount(true, minlength=n) / len(true)
     result |= dict(confidence=sure.mean().item(), modes=int((count > 0).sum()), classes=n,
-                   entropy=-(count[count > 0] * count[count > 0].log()).sum().item() / np.log(n),
+                   entropy=-(count[count > 0] * count[count > 0].log()).sum().item() / np.log(max(n, 2)),
                    rarest=count[wanted > 0].min().item())
     missing = [c for c, k, w in zip(classes, count, wanted) if k < w / 10]
     print(f"classes  {n - len(missing)} of {n} drawn; rarest {100 * result['rarest']:.1f}%, mean confidence "
