@@ -2,8 +2,8 @@
 
 Real data and reference numbers are used where ../shared (or DATA_DIR) has them and skipped elsewhere. `KILLS=30 python -m pytest test_all.py -k kill` is the long kill test.
 """
-import contextlib, copy, dataclasses, functools, http.server, importlib.util, io, json, math, os, pickle, random, re, shutil, signal, struct
-import subprocess, sys, tarfile, threading, time
+import contextlib, copy, dataclasses, functools, http.server, importlib.util, io, json, math, os, pickle, random, re, shlex, shutil, signal
+import struct, subprocess, sys, tarfile, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -1020,6 +1020,65 @@ def test_makefile_and_readme_agree():
     for path in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / path).exists(), path
     assert "dcgan" in subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True).stdout
+
+
+def documented_commands(monkeypatch):
+    """Every command of README.md and of the Makefile's targets as a list of words, found by running make with a stand-in
+    for Python that only writes down what it is asked."""
+    Path("python").write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open('asked', 'a'))\n")
+    Path("python").chmod(0o755)
+    for run_name in ("dcgan", "text2img", "cwgan", "emoji", "anime", "wgan", "mlp"):
+        Path(f"out/{run_name}").mkdir(parents=True)
+        for file in ("000001.png", "last.pt"):
+            Path(f"out/{run_name}/{file}").touch()
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    lines = re.findall(r"`((?:make|python|DATA_DIR=\S+ make) [^`\n]*)`", readme)
+    for block in re.findall(r"```\n(.*?)```", readme, re.S):
+        lines += [line.split("  #")[0].strip() for line in block.splitlines()]
+    made = [line for line in lines if "make " in line] + [f"make {t}" for t in re.findall(r"^([a-z0-9-]+): \$\(VENV\)", makefile, re.M)]
+    shutil.copy(ROOT / "Makefile", "Makefile")
+    for line in dict.fromkeys(made):
+        if line not in ("make", "make clean", "make test"):
+            done = subprocess.run(f"{line} PYTHON=./python", shell=True, capture_output=True, text=True)
+            assert done.returncode == 0, (line, done.stderr)
+    asked = [json.loads(line) for line in Path("asked").read_text().splitlines()]
+    shutil.rmtree("out")
+    return asked + [shlex.split(line)[1:] for line in lines if line.startswith("python")]
+
+
+def test_every_command_of_the_readme_and_the_makefile_runs(monkeypatch, capsys):
+    """For a step or two, on noise instead of pictures, with an untrained classifier and without network."""
+    def load(name, size, split="train"):
+        grey, faces = name in ("mnist", "fashion", "digits"), name.startswith(("faces", "anime"))
+        n, classes = 264, 10 if grey else 132
+        x = torch.randint(0, 256, (n, 1 if grey else 3, size, size), dtype=torch.uint8)
+        return x, torch.arange(n) % classes if grey or faces else None, list("0123456789") if grey else data.FACES if faces else []
+
+    def classifier(name, size, device="cpu"):
+        x, y, classes = load(name, size)
+        return fid.Classifier(x.shape[1], size, (4,) if y is None else (12, 11) if len(classes) == 132 else (10,), name, (0., 0.)).eval()
+
+    def offline(url, *_):
+        raise OSError("no network")
+    commands = documented_commands(monkeypatch)
+    for module, name, fake in ((data, "load", load), (fid, "classifier", classifier), (data, "download", offline)):
+        monkeypatch.setattr(module, name, fake)
+    monkeypatch.setattr(data, "DOWNLOADS", Path("downloads"))
+    few = {"gan.py": "--steps 1 --h 2 --batch 4 --samples 200", "cyclegan.py": "--steps 1 --batch 4", "biggan_interp.py": "--steps 1"}
+    seen = set()
+    for script, *words in commands:
+        if script in few and tuple(words) not in seen and "--help" not in words:
+            seen.add(tuple(words))
+            main = {"gan.py": gan, "cyclegan.py": cyclegan, "biggan_interp.py": biggan_interp}[script].main
+            try:
+                main([*words, *few[script].split(), "--out", f"o/{len(seen)}", "--overwrite", "1"])
+            except data.UserError as e:
+                assert str(e).startswith("no checkpoint"), (script, words, e)      # evaluates a run of another command
+        elif script == "test_all.py":
+            assert f'"{words[0]}"' in (ROOT / script).read_text()
+        else:
+            assert (ROOT / script).exists(), script
+    assert len(seen) > 40
 
 
 def test_full_disk_is_one_line_and_keeps_the_checkpoint(home):
@@ -2193,6 +2252,92 @@ def bench(rounds=5):
     fid.roots()
 
 
+def wrong():
+    """The README's ten mistakes, each made on purpose: what one sees. Uses out/dcgan and out/speedrun, trained when missing."""
+    device = data.device("cpu")
+    name, images, labels, classes = data.choose("mnist,digits", 32)
+    G, cfg = {}, {}
+    for preset in ("dcgan", "speedrun"):
+        subprocess.run([sys.executable, "gan.py", preset, "--resume", "1", "--show", "interp"], check=True, stdout=subprocess.DEVNULL)
+        state = data.load_checkpoint(f"out/{preset}/last.pt")
+        cfg[preset] = gan.Config(**state["config"])
+        for which in ("G", "G_ema"):
+            G[preset, which] = gan.networks(cfg[preset])[0]
+            G[preset, which].load_state_dict(state[which])
+    torch.manual_seed(0)
+    base = cfg["dcgan"]
+    x, z = data.to_float(images[:64]), gan.draw_z(64, base, device)
+    net, D = G["dcgan", "G"].eval(), gan.networks(base)[1]
+    x_fake = net(z)
+    say = lambda number, text: print(f"{number:>2}  {text}", flush=True)
+
+    gan.d_bce(D(x), D(x_fake)).backward()
+    with contextlib.suppress(RuntimeError):
+        gan.g_bce(D(x_fake)).backward()
+        raise SystemExit("no error without detach")
+    say(1, "no detach: RuntimeError: Trying to backward through the graph a second time")
+    x_fake, norms = x_fake.detach(), []
+    for loss in (gan.d_bce(D(x), D(x_fake)), F.softplus(-D(x)).sum() + F.softplus(D(x_fake)).sum()):
+        D.zero_grad()
+        loss.backward()
+        norms.append(gan.grad_norm(D).item())
+    say(2, f"sum over a batch of 64: gradient norm {norms[1]:.1f} instead of {norms[0]:.3f}, {norms[1] / norms[0]:.1f} times")
+    eps = torch.rand(64, 1, 1, 1)
+    outside = lambda t: 100 * (t.abs() > 1).float().mean().item()
+    say(3, f"eps and eps: {outside(eps * x + eps * x_fake):.0f}% of the pixels outside [-1, 1]; eps and 1 - eps: "
+           f"{outside(eps * x + (1 - eps) * x_fake):.0f}%")
+    slopes = []
+    for power in ("norm", "(norm - 1)^2"):
+        torch.manual_seed(0)
+        critic = gan.networks(dataclasses.replace(base, bn="G"))[1]
+        opt = gan.optimiser("adam", critic, 1e-3, base)
+        for _ in range(150):
+            t = torch.rand(64, 1, 1, 1)
+            h = (t * x + (1 - t) * x_fake).requires_grad_()
+            norm = torch.autograd.grad(critic(h).sum(), h, create_graph=True)[0].flatten(1).norm(dim=1)
+            loss = gan.d_wgan(critic(x), critic(x_fake)) + 10 * (norm.mean() if power == "norm" else ((norm - 1) ** 2).mean())
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        slopes.append((norm.mean().item(), -gan.d_wgan(critic(x), critic(x_fake)).item()))
+    say(4, f"the norm penalised: the critic's slope is {slopes[0][0]:.3f} and its estimate of the distance {slopes[0][1]:.2f} after 150 "
+           f"steps; (norm - 1)^2: {slopes[1][0]:.2f} and {slopes[1][1]:.2f}")
+    sure = torch.full((8,), 50.)
+    say(5, f"sigmoid twice: a perfect D has the loss {gan.d_bce(sure.sigmoid(), (-sure).sigmoid()).item():.3f} instead of "
+           f"{gan.d_bce(sure, -sure).item():.3f}")
+    right = 50 * F.one_hot(torch.arange(10), 10).float()
+    say(6, f"softmax twice: a perfect classifier of 10 classes has the loss {gan.ac_loss(right.softmax(1), torch.arange(10), 10).item():.3f} "
+           f"instead of {gan.ac_loss(right, torch.arange(10), 10).item():.3f}")
+    with torch.no_grad():
+        change = lambda n: (n(torch.cat([z[:1], z[1:16]]))[0] - n(torch.cat([z[:1], z[17:32]]))[0]).abs().mean().item() * 127.5
+        say(7, f"train mode: the same z beside 15 other neighbours changes by {change(copy.deepcopy(net).train()):.1f} of 255 grey levels; "
+               f"eval mode: {change(net):.1f}")
+    classifier = fid.classifier(name, 32)
+    real = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:10_000]]
+    real_features = classifier.features(real)
+    score = lambda g, c, n: fid.fid(real_features, classifier.features(gan.sample(g, n, c, device)))
+    fast, last, ema = cfg["speedrun"], G["speedrun", "G"], G["speedrun", "G_ema"]
+    copied = copy.deepcopy(ema)
+    copied.load_state_dict({**ema.state_dict(), **{k: v for k, v in last.state_dict().items() if "running" in k}})
+    own = gan.recompute_statistics(copy.deepcopy(ema), fast, device)
+    say(8, f"an averaged G with statistics never updated: FID {score(ema.eval(), fast, 10_000):.3g}; copied from the last G: "
+           f"{score(copied.eval(), fast, 10_000):.3g}; its own: {score(own, fast, 10_000):.3g}")
+    with contextlib.suppress(data.UserError):
+        file = next(m for m in data.members("emojis", data.EMOJI_URLS) if m[0].endswith(".png") and "/Apple/" in m[0])
+        say(9, f"RGBA read as RGB: the corner of {Path(file[0]).name} is {Image.open(io.BytesIO(file[1])).convert('RGB').getpixel((0, 0))}; "
+               f"composited: {tuple(data.read_picture(file)[:, 0, 0].tolist())}")
+    say(10, "FID of the same generator, n = " + ", ".join(f"{n:,}: {score(net, base, n):.2f}" for n in (500, 2000, 10_000)))
+    p = nn.Parameter(torch.ones(1))
+    with contextlib.redirect_stderr(io.StringIO()):
+        import warnings
+        warnings.simplefilter("ignore")
+        opt = torch.optim.SGD([p, p], .1)
+    p.grad = torch.ones(1)
+    opt.step()
+    say("", f"shared twice: a step of 0.1 moves the parameter by {1 - p.item():.1f}")
+    say("", f"lambda: 10 on the mean L1 of a 3 x 32 x 32 picture is {10 / 3072:.5f} on its sum; 0.015 there is {.015 * 3072:.0f}")
+
+
 def platform_name():
     """The processor's name, where the system tells it."""
     with contextlib.suppress(OSError):
@@ -2221,9 +2366,11 @@ if __name__ == "__main__":
         import tempfile
         os.chdir(tempfile.mkdtemp())
         print(f"30 kills; {kill_and_go_on(30)} runs ended in the undisturbed run's bits, no half-written file")
+    elif sys.argv[1:] == ["wrong"]:
+        wrong()
     elif sys.argv[1:] == ["bench"]:
         bench()
         growth()
     else:
-        print("python test_all.py bench or --kill; the tests themselves run under pytest", file=sys.stderr)
+        print("python test_all.py bench, wrong or --kill; the tests themselves run under pytest", file=sys.stderr)
         sys.exit(2)
