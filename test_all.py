@@ -1,6 +1,7 @@
 """Tests: every equation against a closed form or a reference, every promise tried. `make test`; no network is needed.
 
-Real data and reference numbers are used where ../shared (or DATA_DIR) has them and skipped elsewhere. `KILLS=30 python -m pytest test_all.py -k kill` is the long kill test.
+Real data and reference numbers are used where ../shared (or DATA_DIR) has them and skipped elsewhere. `python test_all.py --kill`
+kills a run 30 times, `python test_all.py bench` measures speed, `python test_all.py wrong` makes the ten mistakes.
 """
 import contextlib, copy, dataclasses, functools, http.server, importlib.util, io, json, math, os, pickle, random, re, shlex, shutil, signal
 import struct, subprocess, sys, tarfile, threading, time
@@ -712,10 +713,14 @@ def test_downloads_try_mirrors_and_keep_nothing_bad(server, monkeypatch):
         with pytest.raises(data.Unavailable, match=f"{server}/{bad}/f.*{sha}") as e:
             data.fetch("x/f", [f"{server}/{bad}/f"], sha)
         assert "\n" not in str(e.value) and not [p for p in Path("d").rglob("*") if p.is_file()]
+    with pytest.raises(data.Unavailable, match="cut off after 5,000 of 102,400 bytes"):      # seen without a hash too
+        data.fetch("x/f", [f"{server}/cut/f"])
     with pytest.raises(data.Unavailable, match="wrong file: sha256 [0-9a-f]{64}, not"):
         data.fetch("x/f", [f"{server}/wrong/f"], sha)
     for i, good in enumerate(("ok", "nolength", "redirect")):
         assert data.fetch(f"x/{i}", [f"{server}/500/f", f"{server}/cut/f", f"{server}/{good}/f"], sha).read_bytes() == Server.body
+    with pytest.raises(data.Unavailable, match="a web page came instead"):
+        data.fetch("x/f", [f"{server}/html/f"])
     monkeypatch.setattr(data, "_open", functools.partial(data._open, seconds=.5))
     start = time.monotonic()
     with pytest.raises(data.Unavailable, match="no answer|timed out"):
@@ -750,7 +755,13 @@ def test_without_network_the_run_says_so_and_draws_digits(monkeypatch, capsys):
         data.choose("mnist", 32)
 
 
-def test_atomic_files_and_checkpoints():
+def test_atomic_files_and_checkpoints(monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *a, name=name, whole=getattr(os, name): order.append(name) or whole(*a))
+    data.write_text("a/order.txt", "x")
+    assert order == ["fsync", "replace"]                              # on the disk before it gets its name
+    Path("a/order.txt").unlink()
     with pytest.raises(ZeroDivisionError):
         with data.atomic("a/b.txt") as part:
             part.write_text("half")
@@ -1064,6 +1075,8 @@ def test_every_command_of_the_readme_and_the_makefile_runs(monkeypatch, capsys):
     for module, name, fake in ((data, "load", load), (fid, "classifier", classifier), (data, "download", offline)):
         monkeypatch.setattr(module, name, fake)
     monkeypatch.setattr(data, "DOWNLOADS", Path("downloads"))
+    monkeypatch.setattr(biggan_interp, "small", lambda *_: (None, None))          # 45 s, and a test of its own
+    monkeypatch.setattr(biggan_interp, "evaluate", lambda *_: None)
     few = {"gan.py": "--steps 1 --h 2 --batch 4 --samples 200", "cyclegan.py": "--steps 1 --batch 4", "biggan_interp.py": "--steps 1"}
     seen = set()
     for script, *words in commands:
@@ -2254,8 +2267,9 @@ def bench(rounds=5):
 
 def wrong():
     """The README's ten mistakes, each made on purpose: what one sees. Uses out/dcgan and out/speedrun, trained when missing."""
+    os.environ.update({"DATA_DIR": REAL} if REAL else {})
     device = data.device("cpu")
-    name, images, labels, classes = data.choose("mnist,digits", 32)
+    name, images, _, _ = data.choose("mnist,digits", 32)
     G, cfg = {}, {}
     for preset in ("dcgan", "speedrun"):
         subprocess.run([sys.executable, "gan.py", preset, "--resume", "1", "--show", "interp"], check=True, stdout=subprocess.DEVNULL)
