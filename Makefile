@@ -114,21 +114,28 @@ wrong: $(VENV)  ## 2 min: ten mistakes made on purpose, and what one sees
 LAST = $$(ls $(1)/[0-9]*.png | tail -1)
 FIG = $(PYTHON) data.py figure figures/$(1).png
 figures: $(VENV)  ## 1 min: the README's pictures from finished runs
-	$(call FIG,samples) $(call LAST,out/dcgan) $(call LAST,out/text2img) $(call LAST,out/cwgan) $(call LAST,out/emoji) --height 400
-	$(call FIG,curves) out/dcgan/curves.png --height 560
-	$(call FIG,walks) out/dcgan/interpolation.png out/dcgan/classes.png --height 400
+	$(call FIG,samples) $(call LAST,out/speedrun-s0) $(call LAST,out/text2img) $(call LAST,out/cwgan) $(call LAST,out/emoji) --height 400
+	$(PYTHON) data.py figure figures/training.gif out/speedrun-s0/000001.png out/speedrun-s0/00{05,10,15,20,30,40,50,60,70}00.png --height 206
+	$(call FIG,curves) out/dcgan/curves.png out/speedrun-s0/curves.png --height 460 --colours 32
+	$(call FIG,sick) out/sick/{collapse,vanishing,oscillation}/curves.png --height 460 --colours 32
+	$(call FIG,walks) out/dcgan/interpolation.png out/dcgan/classes.png --height 400 --colours 32
+	$(call FIG,mlp) $(call LAST,out/mlp) $(call LAST,out/dcgan) --height 400 --colours 16
 	$(call FIG,text2img) out/text2img/conditions.png --height 700
-	$(call FIG,cwgan) out/cwgan/conditions.png --height 560
-	$(call FIG,stability) out/sweep-stability.png --height 720
-	$(call FIG,tips) out/sweep-tips.png --height 1150
+	$(call FIG,cwgan) out/cwgan/conditions.png --height 560 --colours 32
+	$(call FIG,faces) $(call LAST,out/anime) $(call LAST,out/wgan) --height 400
+	$(call FIG,stability) out/sweep-stability.png --height 720 --colours 64
+	$(call FIG,tips) out/sweep-tips.png --height 1150 --colours 64
 	$(call FIG,cyclegan) out/cyclegan/translations.png --height 440
-	$(call FIG,cyclegan-faces) out/cyclegan-faces/translations.png --height 560
-	$(call FIG,lambda) out/sweep-lambda/sweep.png --height 900
+	$(call FIG,cyclegan-faces) out/cyclegan-faces/translations.png --height 560 --colours 96
+	$(call FIG,seeds) out/seeds/seed-{11,1234}/translations.png --height 480 --colours 64
+	$(call FIG,lambda) out/sweep-lambda/sweep.png --height 900 --colours 64
 	$(call FIG,biggan) out/biggan/tsne.png out/biggan/interpolation.png --height 500
-	$(call FIG,latent) out/sweep-latent.png --height 900
+	$(call FIG,growth) out/bench/growth.png --height 300 --colours 16
+	$(call FIG,latent) out/sweep-latent.png --height 900 --colours 64
 
-results: $(VENV)  ## 1 min: the README's table from finished runs
-	$(PYTHON) data.py results $(wildcard out/dcgan out/mlp out/emoji out/text2img out/text2img-faces out/cwgan out/modes28/mnist28 \
+results: $(VENV)  ## 1 min: the README's tables from finished runs and the last `make bench`
+	$(PYTHON) data.py results $(wildcard out/dcgan out/dcgan-s? out/course-s? out/speedrun-s? out/course5-s? out/speedrun5-s? out/f32-s? out/mlp \
+	  out/emoji out/emoji-s? out/anime out/wgan out/text2img out/text2img-faces out/cwgan out/modes28/mnist28 \
 	  out/cyclegan out/cyclegan-faces out/unit out/biggan)
 
 OTHERS = fid or cyclegan or biggan

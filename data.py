@@ -959,13 +959,18 @@ def compare(folders, out):
 
 
 def figure(path, files, height=420, colours=160):
-    """Pictures side by side at one height, with few enough colours for a README. Saves a PNG."""
+    """Pictures side by side at one height, with few enough colours for a README. Saves a PNG, or a GIF of one after another."""
     try:
         parts = [Image.open(f).convert("RGB") for f in files]
     except OSError as e:
         raise UserError(f"{e.filename} is missing: make its run first") from None
     height = min(height, max(p.height for p in parts))
     parts = [p.resize((round(p.width * height / p.height), height), Image.Resampling.LANCZOS) if p.height != height else p for p in parts]
+    if str(path).endswith(".gif"):
+        parts = [p.quantize(24) for p in parts]
+        with atomic(path) as part:
+            parts[0].save(part, format="GIF", save_all=True, append_images=parts[1:], loop=0, duration=[300] * (len(parts) - 1) + [2500])
+        return path
     page = Image.new("RGB", (sum(p.width + 8 for p in parts) - 8, height), "white")
     for i, p in enumerate(parts):
         page.paste(p, (sum(q.width + 8 for q in parts[:i]), 0))
@@ -986,15 +991,19 @@ def results(folders, readme="README.md"):
     lines = ["| run | what it shows | result | minutes | machine, seed |", "|---|---|---|---|---|"]
     for name, runs in groups.items():
         r, seeds = runs[0], ", ".join(str(r["config"]["seed"]) for r in runs)
+        shows = about.get(name) or about.get(r.get("preset") or r["config"].get("model")) or name
         fids = [r["metrics"]["fid"] for r in runs if "fid" in r["metrics"]]
         spread = f" FID over {len(fids)} seeds: {np.mean(fids):.3g} +- {np.std(fids, ddof=1):.2g}." if len(fids) > 1 else ""
         where = r["versions"]["gpu"] or f"{r['versions']['machine']} CPU, {r['versions']['threads']} thread(s)"
-        lines.append(f"| `{r['command']}` | {about.get(name, '').strip()} | {r['headline']}.{spread} | "
+        lines.append(f"| `{r['command']}` | {shows.strip()} | {r['headline']}.{spread} | "
                      f"{np.mean([r['seconds'] for r in runs]) / 60:.1f} | {where}, {seeds} |")
-    before, _, rest = Path(readme).read_text(encoding="utf-8").partition("<!-- results -->\n")
-    if not rest:
-        raise UserError(f"{readme} has no line <!-- results --> to put the table under")
-    write_text(readme, before + "<!-- results -->\n" + "\n".join(lines) + "\n<!-- end -->" + rest.partition("<!-- end -->")[2])
+    bench = Path("out/bench/table.md")
+    for marker, table in (("results", "\n".join(lines)), ("bench", bench.read_text().strip() if bench.exists() else None)):
+        before, _, rest = Path(readme).read_text(encoding="utf-8").partition(f"<!-- {marker} -->\n")
+        if table is not None and rest:
+            write_text(readme, f"{before}<!-- {marker} -->\n{table}\n<!-- end -->" + rest.partition("<!-- end -->")[2])
+        elif marker == "results":
+            raise UserError(f"{readme} has no line <!-- results --> to put the table under")
     return "\n".join(lines)
 
 
@@ -1008,10 +1017,10 @@ def main():
     p = sub.add_parser("results", help="the README's table from finished runs")
     p.add_argument("runs", nargs="+")
     p = sub.add_parser("figure", help="pictures side by side, small enough for a README")
-    p.add_argument("out"), p.add_argument("files", nargs="+"), p.add_argument("--height", type=int, default=420)
+    p.add_argument("out"), p.add_argument("files", nargs="+"), p.add_argument("--height", type=int, default=420), p.add_argument("--colours", type=int, default=160)
     a = parser.parse_args()
     if a.do == "figure":
-        print(f"wrote {figure(a.out, a.files, a.height)}")
+        print(f"wrote {figure(a.out, a.files, a.height, a.colours)}")
     elif a.do == "results":
         print(results(a.runs) + "\nwrote README.md")
     elif a.do == "show":

@@ -308,6 +308,8 @@ def test_resumed_training_is_uninterrupted_training_bit_for_bit(changes):
             train_tiny(tiny(**changes), "cut")
         finally:
             data.Log.write = write
+    rows = Path("cut/log.csv").read_text()
+    Path("cut/log.csv").write_text(rows + rows.splitlines()[-1].replace("5,", "7,", 1) + "\n")     # logged after the checkpoint, lost
     parts = train_tiny(tiny(resume=1, **changes), "cut")
     for a, b in zip(whole[:3], parts[:3]):
         assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
@@ -867,6 +869,17 @@ def test_built_in_sets_are_seeded_and_paired():
     assert np.abs(grey[0] - grey[2]).mean() > 10                     # really in colour
 
 
+def test_the_two_styles_train_on_different_faces_and_share_the_test(monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "draw_faces", lambda style, n, first, size: asked.append((style, first, n)) or (np.zeros((1, 3, 8, 8), np.uint8), np.zeros(1)))
+    monkeypatch.setattr(data, "DOWNLOADS", Path("d"))
+    for split in ("train", "test"):
+        for name in ("faces-a", "faces-b"):
+            data.load(name, 8, split)
+    (_, a, n), (_, b, _), (_, c, _), (_, d, _) = asked
+    assert a + n <= b and b + n <= c == d
+
+
 def test_to_float_and_back():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(data.to_uint8(data.to_float(x)), x) and data.to_float(x).min() == -1 and data.to_float(x).max() == 1
@@ -1028,6 +1041,8 @@ def test_makefile_and_readme_agree():
     asked = set(re.findall(r"make ([a-z0-9][\w-]*)", readme))
     assert targets - {"help"} <= asked, targets - asked
     assert set(re.findall(r"`make ([a-z0-9][\w-]*)", readme)) <= targets
+    slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", readme, re.M)}
+    assert set(re.findall(r"\]\(#([^)]*)\)", readme)) <= slugs
     for path in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / path).exists(), path
     assert "dcgan" in subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True).stdout
@@ -1038,7 +1053,7 @@ def documented_commands(monkeypatch):
     for Python that only writes down what it is asked."""
     Path("python").write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open('asked', 'a'))\n")
     Path("python").chmod(0o755)
-    for run_name in ("dcgan", "text2img", "cwgan", "emoji", "anime", "wgan", "mlp"):
+    for run_name in ("dcgan", "text2img", "cwgan", "emoji", "anime", "wgan", "mlp", "speedrun-s0"):
         Path(f"out/{run_name}").mkdir(parents=True)
         for file in ("000001.png", "last.pt"):
             Path(f"out/{run_name}/{file}").touch()
@@ -2228,19 +2243,19 @@ def best_rate(f, amount, rounds=5):
 
 def bench(rounds=5):
     """The table of `make bench`. Both sides of a row run by turns, each in a fresh process; medians."""
-    v = data.versions()
+    v, lines = data.versions(), []
     device = data.device()
-    print(f"{v['gpu'] or 'CPU ' + platform_name()}, {v['threads']} threads, torch {v['torch']}, bfloat16 "
-          f"{'on' if data.use_bf16(-1, device) else 'off'}; medians of {rounds} alternating runs\n")
+    say = lambda text: lines.append(text) or print(text, flush=True)
     dtype = torch.bfloat16 if data.use_bf16(-1, device) else torch.float32
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     flop_rate = best_rate(lambda: (a @ a, sync()), 2 * 2048 ** 3)
     b = torch.randn(1 << 26, device=device)
-    copy_rate = best_rate(lambda: (b.clone(), sync()), 8 * (1 << 26))
-    print(f"measured: matrix product {flop_rate / 1e9:,.0f} GFLOP/s ({dtype}), copy {copy_rate / 1e9:.1f} GB/s\n")
-    print("| row | textbook images/s | ours images/s | ratio | peak MB textbook / ours | floor ms (operations / bytes) | ours ms a step |")
-    print("|---" * 7 + "|")
+    copy_rate = best_rate(lambda c=torch.empty_like(b): (c.copy_(b), sync()), 8 * (1 << 26))
+    say(f"{v['gpu'] or 'CPU ' + platform_name()}, {v['threads']} threads, torch {v['torch']}, {str(dtype)[6:]}; medians of {rounds} "
+        f"alternating runs; measured there: matrix product {flop_rate / 1e9:,.0f} GFLOP/s, copy {copy_rate / 1e9:.1f} GB/s.\n")
+    say("| row | textbook images/s | ours images/s | ratio | peak MB textbook / ours | floor ms (operations / bytes) | ours ms a step |")
+    say("|---" * 7 + "|")
     for row in GAN_ROWS:
         sides = {"textbook": [], "ours": []}
         for _ in range(rounds):
@@ -2250,16 +2265,17 @@ def bench(rounds=5):
         (t, tm), (o, om) = (np.median(np.array(s), 0) for s in sides.values())
         cfg, _ = bench_config(row)
         flops, moved = step_cost(cfg)
-        print(f"| {row} | {t:,.0f} | {o:,.0f} | {o / t:.2f} | {tm:,.0f} / {om:,.0f} | {1e3 * flops / flop_rate:.1f} / "
-              f"{1e3 * moved / copy_rate:.1f} | {1e3 * cfg.batch / o:.1f} |", flush=True)
+        say(f"| {row} | {t:,.0f} | {o:,.0f} | {o / t:.2f} | {tm:,.0f} / {om:,.0f} | {1e3 * flops / flop_rate:.1f} / "
+            f"{1e3 * moved / copy_rate:.1f} | {1e3 * cfg.batch / o:.1f} |")
     data.DOWNLOADS = Path("out/bench")
     draw = lambda: data.draw_digits(1000, 1, 32)
     data.cached("bench", draw)
     slow, fast = best_rate(draw, 1000, 3), best_rate(lambda: data.cached("bench", draw), 1000, 3)
-    print(f"| digits, drawn / from the cache | {slow:,.0f} | {fast:,.0f} | {fast / slow:.0f} | | | |")
+    say(f"| digits, drawn anew / from the cache | {slow:,.0f} | {fast:,.0f} | {fast / slow:,.0f} | | | |")
     x = torch.randn(1000, 128)
     slow, fast = best_rate(lambda: textbook_tsne(x, 30, 20), 20, 1), best_rate(lambda: biggan_interp.tsne(x, 30, 0, 20), 20, 3)
-    print(f"| t-SNE of 1000 points, affinities and 20 steps; steps/s | {slow:,.1f} | {fast:,.1f} | {fast / slow:.0f} | | | |\n")
+    say(f"| t-SNE, 1000 points, affinities and 20 steps; steps/s | {slow:,.1f} | {fast:,.1f} | {fast / slow:.0f} | | | |\n")
+    data.write_text("out/bench/table.md", "\n".join(lines))
     fid.speed(device)
     print()
     fid.roots()
@@ -2267,6 +2283,8 @@ def bench(rounds=5):
 
 def wrong():
     """The README's ten mistakes, each made on purpose: what one sees. Uses out/dcgan and out/speedrun, trained when missing."""
+    import warnings
+    warnings.simplefilter("ignore")
     os.environ.update({"DATA_DIR": REAL} if REAL else {})
     device = data.device("cpu")
     name, images, _, _ = data.choose("mnist,digits", 32)
@@ -2340,12 +2358,11 @@ def wrong():
         file = next(m for m in data.members("emojis", data.EMOJI_URLS) if m[0].endswith(".png") and "/Apple/" in m[0])
         say(9, f"RGBA read as RGB: the corner of {Path(file[0]).name} is {Image.open(io.BytesIO(file[1])).convert('RGB').getpixel((0, 0))}; "
                f"composited: {tuple(data.read_picture(file)[:, 0, 0].tolist())}")
-    say(10, "FID of the same generator, n = " + ", ".join(f"{n:,}: {score(net, base, n):.2f}" for n in (500, 2000, 10_000)))
+    other = classifier.features(data.load(name, 32, "test")[0])
+    say(10, "FID of real digits against real digits, which should be 0: " +
+            ", ".join(f"{fid.fid(real_features, other[:n]):.2g} at n = {n:,}" for n in (200, 500, 2000, len(other))))
     p = nn.Parameter(torch.ones(1))
-    with contextlib.redirect_stderr(io.StringIO()):
-        import warnings
-        warnings.simplefilter("ignore")
-        opt = torch.optim.SGD([p, p], .1)
+    opt = torch.optim.SGD([p, p], .1)
     p.grad = torch.ones(1)
     opt.step()
     say("", f"shared twice: a step of 0.1 moves the parameter by {1 - p.item():.1f}")
@@ -2360,7 +2377,7 @@ def platform_name():
 
 
 def growth():
-    """images/s against batch, width and picture size: out/bench/growth.png."""
+    """images/s of training against batch, width and picture size, side by side: out/bench/growth.png."""
     def rate(**changes):
         cfg = gan.Config(**{**gan.PRESETS["dcgan"], **changes})
         images = torch.randint(0, 256, (2048, cfg.channels, cfg.size, cfg.size)).byte()
@@ -2371,6 +2388,7 @@ def growth():
                          ("size", list(sizes), [rate(**c) for c in sizes.values()])):
         print(name, dict(zip(xs, map(round, ys))), flush=True)
         data.curves(f"out/bench/growth-{name}.png", {name: xs, "images/s": ys}, [(f"images/s against {name}", ["images/s"])], x=name)
+    data.figure("out/bench/growth.png", [f"out/bench/growth-{name}.png" for name in ("batch", "h", "size")])
 
 
 if __name__ == "__main__":
