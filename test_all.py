@@ -928,6 +928,17 @@ def test_readme_table_and_figures_are_made_by_command(home):
     assert "--resume" in run("--help")[0]
 
 
+def test_a_folder_that_holds_a_run_is_refused_kept_or_cleared():
+    files = ["last.pt", "000500.png", "log.csv", "notes.txt"]
+    for asked, left in ((dict(resume=1), files), (dict(overwrite=1), ["notes.txt"])):
+        for f in files:
+            Path("r").mkdir(exist_ok=True), Path("r", f).write_text("x")
+        with pytest.raises(data.UserError, match="--resume 1 goes on"):
+            data.open_run("r")
+        data.open_run("r", **asked)
+        assert sorted(p.name for p in Path("r").iterdir()) == sorted(left)
+
+
 def test_same_seed_same_result_and_two_seeds_differ(home):
     for out, seed in (("a", 3), ("b", 3), ("c", 4)):
         run("dcgan", *TINY, "--steps", 5, "--seed", seed, "--out", f"o/{out}", "--show", "interp")
