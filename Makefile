@@ -114,9 +114,9 @@ wrong: $(VENV)  ## 2 min: ten mistakes made on purpose, and what one sees
 LAST = $$(ls $(1)/[0-9]*.png | tail -1)
 FIG = $(PYTHON) data.py figure figures/$(1).png
 figures: $(VENV)  ## 1 min: the README's pictures from finished runs
-	$(call FIG,samples) $(call LAST,out/speedrun-s0) $(call LAST,out/text2img) $(call LAST,out/cwgan) $(call LAST,out/emoji) --height 400
-	$(PYTHON) data.py figure figures/training.gif out/speedrun-s0/000001.png out/speedrun-s0/00{05,10,15,20,30,40,50,60,70}00.png --height 206
-	$(call FIG,curves) out/dcgan/curves.png out/speedrun-s0/curves.png --height 460 --colours 32
+	$(call FIG,samples) $(call LAST,out/speedrun) $(call LAST,out/text2img) $(call LAST,out/cwgan) $(call LAST,out/emoji) --height 400
+	$(PYTHON) data.py figure figures/training.gif out/speedrun/000001.png out/speedrun/00{05,10,15,20,30,40,50,60,70}00.png --height 206
+	$(call FIG,curves) out/dcgan/curves.png out/speedrun/curves.png --height 460 --colours 32
 	$(call FIG,sick) out/sick/{collapse,vanishing,oscillation}/curves.png --height 460 --colours 32
 	$(call FIG,walks) out/dcgan/interpolation.png out/dcgan/classes.png --height 400 --colours 32
 	$(call FIG,mlp) $(call LAST,out/mlp) $(call LAST,out/dcgan) --height 400 --colours 16
@@ -134,7 +134,7 @@ figures: $(VENV)  ## 1 min: the README's pictures from finished runs
 	$(call FIG,latent) out/sweep-latent.png --height 900 --colours 64
 
 results: $(VENV)  ## 1 min: the README's tables from finished runs and the last `make bench`
-	$(PYTHON) data.py results $(wildcard out/dcgan out/dcgan-s? out/course-s? out/speedrun-s? out/course5-s? out/speedrun5-s? out/f32-s? out/mlp \
+	$(PYTHON) data.py results $(wildcard out/dcgan out/dcgan-s? out/course-s? out/speedrun out/speedrun-s[12] out/course5-s? out/speedrun5-s? out/f32-s? out/mlp \
 	  out/emoji out/emoji-s? out/anime out/wgan out/text2img out/text2img-faces out/cwgan out/modes28/mnist28 \
 	  out/cyclegan out/cyclegan-faces out/unit out/biggan)
 

@@ -85,7 +85,8 @@ ANIME = dict(data="anime,faces-a", net="anime", size=64, channels=3, z=100, h=64
 PRESETS = {  # name -> fields that differ                                  what it is, and where it comes from
     "dcgan": {},                                                         # DCGAN (Radford 2016) as a course's MNIST exercise,
     "course": dict(lr=2e-4, decay=0),                                    # ... with its own constant learning rate
-    "speedrun": dict(bn="G", r1=1., r1_every=16, lr=2e-3, beta1=0., beta2=.99, ema=.998, steps=7000),    # ... as good as two minutes allow,
+    "speedrun": dict(bn="G", r1=1., r1_every=16, lr=2e-3, beta1=0., beta2=.99, ema=.998,     # ... as good as two minutes
+                     steps=7000),                                        # allow; R1 (Mescheder 2018) instead of D's batch norm
     "mlp": dict(net="mlp", h=128),                                       # fully connected, as Goodfellow 2014
     "emoji": EMOJI,                                                      # least squares (Mao 2017) on emojis
     "anime": ANIME,                                                      # DCGAN at 64 x 64
@@ -164,7 +165,8 @@ ACTIVATIONS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(.2), "leaky.02": l
 
 
 def stack(table, c_in, h, c, size, bias=False, bias_last=False, bn=True, act="", raw=False):
-    """A table of NETS -> nn.Sequential. c_in: channels (fc: numbers) that go in; c: what `c` stands for, 1: see below."""
+    """A table of NETS -> nn.Sequential. c_in: channels (fc: numbers) that go in; `c` and `1` in the
+    table both stand for the argument c: picture channels in G, 1 (and the class logits) in D."""
     rows, layers = [line.split("#")[0].split() for line in table.strip().splitlines()], []
     for i, (kind, width, *rest) in enumerate(rows):
         c_out = c if width in ("c", "1") else int(width[:-1] or 1) * h

@@ -1064,7 +1064,7 @@ def documented_commands(monkeypatch):
     for Python that only writes down what it is asked."""
     Path("python").write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open('asked', 'a'))\n")
     Path("python").chmod(0o755)
-    for run_name in ("dcgan", "text2img", "cwgan", "emoji", "anime", "wgan", "mlp", "speedrun-s0"):
+    for run_name in ("dcgan", "text2img", "cwgan", "emoji", "anime", "wgan", "mlp", "speedrun"):
         Path(f"out/{run_name}").mkdir(parents=True)
         for file in ("000001.png", "last.pt"):
             Path(f"out/{run_name}/{file}").touch()
