@@ -141,7 +141,7 @@ results: $(VENV)  ## 1 min: the README's tables from finished runs and the last 
 OTHERS = fid or cyclegan or biggan
 test: $(VENV)  ## 4 min: everything that is promised, tested (in two halves, side by side)
 	export OMP_NUM_THREADS=1; $(PYTHON) -m pytest -q test_all.py -k "not ($(OTHERS))" & half=$$!; \
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q test_all.py -k "$(OTHERS)"; wait $$half
+	$(PYTHON) -m pytest -q test_all.py -k "$(OTHERS)" || bad=1; wait $$half; test -z "$$bad"
 
 clean:  ## remove runs, caches and .venv; downloads/ stays
 	rm -rf out .venv __pycache__ .pytest_cache

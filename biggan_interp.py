@@ -371,17 +371,18 @@ def train(cfg, images, labels, out, checkpoint, device):
             log.write(step, (step - marked) * BATCH / (time.monotonic() - mark), **row)
             mark, marked = time.monotonic(), step
         if stop or step == cfg.steps or step % cfg.sample_every == 0:
-            data.save(data.grid(sample(sampler(G_ema, [-1]), grid_z, grid_y), 11), out / f"{step:06d}.png")
+            data.save(data.grid(sample(sampler(G_ema, [SMALL.n_stats - 1]), grid_z, grid_y), 11), out / f"{step:06d}.png")
             data.save_checkpoint(checkpoint, dict({k: v.state_dict() for k, v in parts.items()}, step=step,
                                                   rng=data.rng_state()))
             mark, marked = time.monotonic(), step
             if stop:
                 print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
                 raise KeyboardInterrupt
+    data.plain_signals()
     return sampler(G_ema), log
 
 def small(cfg, out, device):
-    """The small BigGAN of cfg.seed from downloads/, or trained now and kept there. Returns (G, log or None)."""
+    """The small BigGAN of cfg.seed from downloads/, or trained now and kept there. Returns (G, log or None, its record)."""
     path = data.DOWNLOADS / f"biggan-small-{cfg.steps}-{cfg.seed}.pt"
     if cfg.steps == 0:
         trained = list(data.DOWNLOADS.glob(f"biggan-small-*-{cfg.seed}.pt"))
@@ -392,7 +393,7 @@ def small(cfg, out, device):
     if not path.exists():
         _, images, labels, _ = data.choose("faces-a", SMALL.size)
         G, log = train(cfg, images.to(device), labels.to(device), out, checkpoint, device)
-        data.save_checkpoint(path, dict(config=dataclasses.asdict(SMALL), G=G.state_dict()))
+        data.save_checkpoint(path, dict(config=dataclasses.asdict(SMALL), G=G.state_dict(), steps=cfg.steps, seconds=log.seconds))
         checkpoint.unlink(missing_ok=True)
     state = data.load_checkpoint(path, device)
     try:
@@ -400,7 +401,7 @@ def small(cfg, out, device):
         G.load_state_dict(state["G"])
     except (KeyError, TypeError, RuntimeError) as e:
         raise UserError(f"{path} is no small BigGAN ({str(e).splitlines()[0]}); delete it and run again") from None
-    return fold(G.requires_grad_(False)), log
+    return fold(G.requires_grad_(False)), log, {k: state.get(k, 0) for k in ("steps", "seconds")}
 
 
 # ---- t-SNE (van der Maaten & Hinton 2008) --------------------------------------------------------------------------
@@ -618,7 +619,7 @@ def pairs_report(cfg, G, names, asked, net, out, device):
           ", ".join(f"{k} {v:+.2f}" for k, v in c.items()))
     return {f"distance ~ {k}": v for k, v in c.items()}
 
-def evaluate(cfg, G, kind, names, pairs, log, out, device):
+def evaluate(cfg, G, kind, names, pairs, log, trained, out, device):
     """All pictures, the table of pairs, result.json; its headline is the last line printed."""
     asked = list(dict.fromkeys(i for pair in pairs for i in pair))
     if kind == "small":
@@ -652,9 +653,9 @@ def evaluate(cfg, G, kind, names, pairs, log, out, device):
                                                              ("mean length of a class embedding", ["|r|"])]),
                   data.gif(out / "training.gif", sorted(out.glob("[0-9]*.png")))]
     data.write_json(out / "result.json", dict(
-        command="python " + " ".join(sys.argv), model=kind, config=dataclasses.asdict(cfg),
-        network=dataclasses.asdict(G.config), device=str(device), versions=data.versions(), step=cfg.steps,
-        seconds=log.seconds if log else 0.0, parameters=count, metrics=result, headline=headline))
+        command=data.command(out, log), model=kind, config=dataclasses.asdict(cfg),
+        network=dataclasses.asdict(G.config), device=str(device), versions=data.versions(), step=trained["steps"],
+        seconds=trained["seconds"], parameters=count, metrics=result, headline=headline))
     print("wrote    " + " ".join(map(str, [*wrote, out / "result.json"])))
     print(headline)
 
@@ -700,10 +701,10 @@ def main(argv=None):
     G = load_published(path, Config(size=cfg.size)).to(device) if path else None  # a bad file: no folder is made
     out = data.open_run(cfg.out or "out/biggan" + tail.replace("/", "_").replace(" ", "_"), cfg.resume, cfg.overwrite)
     v = data.versions()
-    print(f"run      {out}  device {device} {v['gpu']} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}",
+    print(f"run      {out}  device {device} {v['gpu'] if device.type == 'cuda' else ''} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}",
           flush=True)
-    G, log = (G, None) if path else small(cfg, out, device)
-    evaluate(cfg, G, "published" if path else "small", names, pairs, log, out, device)
+    G, log, trained = (G, None, dict(steps=0, seconds=0.0)) if path else small(cfg, out, device)
+    evaluate(cfg, G, "published" if path else "small", names, pairs, log, trained, out, device)
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -95,7 +95,7 @@ def upconv(i, o, norm=nn.BatchNorm2d, act=nn.ReLU):
 
 
 class Residual(nn.Module):
-    """relu(x + norm(conv3x3(x))): begins as nearly the identity, which suits a translation."""
+    """relu(x + norm(conv3x3(x)))."""
 
     def __init__(self, c, norm=nn.BatchNorm2d):
         super().__init__()
@@ -294,10 +294,10 @@ class ImagePool:
         out = []
         for x in x_fake.detach():
             if len(self.held) < self.size:
-                self.held.append(x)
+                self.held.append(x.clone())                              # not a view, which would keep its whole batch
             elif self.size and torch.rand(()) < .5:
                 i = int(torch.randint(self.size, ()))
-                x, self.held[i] = self.held[i], x
+                x, self.held[i] = self.held[i], x.clone()
             out.append(x)
         return torch.stack(out).contiguous(memory_format=torch.channels_last)
 
@@ -314,13 +314,11 @@ Style = namedtuple("Style", "name images test labels")          # uint8 (N, 3, S
 
 
 def load_style(names, size):
-    """The first of these data sets or the folder, in colour. A folder of fewer than 20 pictures is its own test set."""
-    known = names.split(",")[0] in data.SETS
-    few = not known and len(data.pictures(names)) < 20
-    name, images, _, _ = data.choose(names, size, "all" if few else "train")
+    """The first of these data sets or the folder, in colour."""
+    name, images, _, _ = data.choose(names, size)
     if len(images) < 2:
         raise UserError(f"{name} has {len(images)} picture; each style needs at least 2")
-    test, labels, classes = data.load(name, size, "all" if few else "test")
+    test, labels, classes = data.load(name, size, "test")
     colour = lambda x: x.expand(-1, 3, -1, -1).contiguous()
     return Style(name, colour(images), colour(test), labels if len(classes) == len(data.FACES) else None)
 
@@ -404,10 +402,12 @@ def train(cfg, a, b, out, device):
     parts = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D, pool_a=pool_a, pool_b=pool_b)
     start = 0
     if cfg.resume and (out / "last.pt").exists():
-        start = restore(parts, out / "last.pt", cfg, device)
+        start = data.restore(parts, out / "last.pt", cfg, FREE - {"model"}, device)
     log, stop = data.Log(out, cfg.steps, start), data.interrupts()
     amp = torch.autocast(device.type, torch.bfloat16, enabled=data.use_bf16(cfg.amp, device))
     probability = torch.sigmoid if cfg.model == "unit" else lambda t: t
+    broken = lambda step: UserError(f"a loss, gradient or weight is not finite, seen at step {step}; the last good checkpoint "
+                                    f"is in {out}: try a lower --lr")
     noisy = lambda mu: mu + torch.randn_like(mu)                        # z ~ N(mu, I)
     mark, marked = time.monotonic(), start
 
@@ -454,7 +454,7 @@ def train(cfg, a, b, out, device):
         opt_G.step()
         D.requires_grad_(True)
 
-        if step % cfg.log_every == 0 or step == cfg.steps or step == start + 1:      # the only wait for the device
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):      # the only place that waits for the device
             with torch.no_grad():
                 row = {"D": loss_D, "G": terms["gan"], "D(x)": probability(real.float()).mean(),
                        "z1": probability(fake.float()).mean(), "z2": probability(fake2.float()).mean(),
@@ -465,40 +465,24 @@ def train(cfg, a, b, out, device):
                     t_a, t_b = (to_float(s.test[:100].to(device)) for s in (a, b))
                     row |= {"L1 ab": l1(translate(G, t_a, "ab"), t_b), "L1 ba": l1(translate(G, t_b, "ba"), t_a)}
                 row = dict(zip(row, torch.stack([v.float() for v in row.values()]).tolist()))
-                finite = torch.stack([p.sum() for net in (G, D) for p in net.parameters()]).isfinite().all().item()
-            if not (finite and np.isfinite(list(row.values())).all()):
-                raise UserError(f"a loss, gradient or weight is not finite at step {step}; the last good checkpoint is "
-                                f"in {out}: try a lower --lr")
+            if not np.isfinite(list(row.values())).all():
+                raise broken(step)
             log.write(step, (step - marked) * cfg.batch / (time.monotonic() - mark), **row)
             mark, marked = time.monotonic(), step
         last = step == cfg.steps or bool(stop)
         if last or step % cfg.sample_every == 0 or step == 1:
             sample_sheet(G, a, b, out / f"{step:06d}.png", f"{cfg.model}, step {step}")
-            mark = time.monotonic()
+            mark, marked = time.monotonic(), step
         if last or step % cfg.sample_every == 0:
+            if not data.finite(G, D):                                   # never over the last good checkpoint
+                raise broken(step)
             data.save_checkpoint(out / "last.pt", dict({k: v.state_dict() for k, v in parts.items()}, step=step,
-                                 config=dataclasses.asdict(cfg), rng=data.rng_state(), seconds=log.seconds))
+                                 config=dataclasses.asdict(cfg), rng=data.rng_state()))
         if stop and last:                                               # Ctrl-C since `last` was asked: at the next step
             print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
             raise KeyboardInterrupt
+    data.plain_signals()
     return G, D, max(start, cfg.steps), log
-
-
-def restore(parts, path, cfg, device):
-    """A checkpoint into networks, optimisers, pools; UserError when trained with other settings. Returns its step."""
-    state = data.load_checkpoint(path, device)
-    try:
-        for k, v in dataclasses.asdict(cfg).items():
-            if k not in FREE - {"model"} and state["config"][k] != v:
-                raise UserError(f"{path} was trained with --{k.replace('_', '-')} {state['config'][k]}, not {v}; give "
-                                "that flag, or another --out, or --overwrite 1")
-        for k, part in parts.items():
-            part.load_state_dict(state[k])
-        data.set_rng_state(state["rng"])
-        return state["step"]
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"{path} is no checkpoint of this model ({why}); name another --out") from None
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
@@ -574,7 +558,7 @@ def evaluate(cfg, G, D, step, log, a, b, out, device):
     count = {"G": sum(p.numel() for p in G.parameters()), "D": sum(p.numel() for p in D.parameters())}
     seconds, line = log.table["seconds"][-1] if log.table else 0., headline(m)
     data.write_json(out / "result.json", dict(
-        command="python " + " ".join(sys.argv), config=dataclasses.asdict(cfg), step=step, device=str(device),
+        command=data.command(out, cfg.steps), config=dataclasses.asdict(cfg), step=step, device=str(device),
         versions=data.versions(), data={s: dict(name=x.name, n=len(x.images), sha256=data.fingerprint(x.images))
                                         for s, x in (("a", a), ("b", b))}, parameters=count, seconds=seconds,
         images_per_second=step * cfg.batch / seconds if seconds else 0., metrics=m, headline=line))
@@ -672,7 +656,7 @@ def check(cfg):
 def run(cfg, a, b, out, device):
     """Train and evaluate one model. Returns (G, metrics)."""
     v = data.versions()
-    print(f"run      {out}  device {device} {v['gpu']} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}"
+    print(f"run      {out}  device {device} {v['gpu'] if device.type == 'cuda' else ''} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}"
           f"  bfloat16 {'on' if data.use_bf16(cfg.amp, device) else 'off'}", flush=True)
     if cfg.model == "cyclegan":
         k = 3 * cfg.size ** 2

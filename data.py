@@ -305,8 +305,10 @@ def anime_set(size, split):
 
 
 def folder_set(folder, size, split):
-    """A folder of pictures, sub-folders as classes. Split "all" is every picture, "test" every tenth, "train" the rest."""
+    """A folder of pictures, sub-folders as classes. Split "all" is every picture, "test" every tenth, "train" the rest; a
+    folder of fewer than 20 pictures is its own test set."""
     files = pictures(folder)
+    split = "all" if len(files) < 20 else split
     kinds = sorted({p.relative_to(folder).parts[0] for p in files if len(p.relative_to(folder).parts) > 1})
     classes = kinds if all(len(p.relative_to(folder).parts) > 1 for p in files) else []
     files = [p for i, p in enumerate(files) if split == "all" or (i % 10 == 9) == (split == "test")]
@@ -315,8 +317,6 @@ def folder_set(folder, size, split):
     def build():
         labels = np.array([classes.index(p.relative_to(folder).parts[0]) for p in files]) if classes else None
         return np.stack([fit(read_picture(p), size).numpy() for p in files]), labels
-    if not files:
-        raise UserError(f"{folder} has too few pictures for a {split} split: every tenth one is kept for testing")
     images, labels = cached(f"folder-{stamp.hexdigest()[:16]}-{size}", build)
     return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels), classes
 
@@ -476,7 +476,9 @@ def choose(names, size, split="train"):
     for name in names.split(","):
         try:
             images, labels, classes = load(name, size, split)
-            where = "drawn here" if name in ("digits", "faces-a", "faces-b") else os.environ.get("DATA_DIR") or DOWNLOADS
+            kind = {"mnist": "mnist", "fashion": "fashion_mnist", "anime": "anime"}.get(name, "emojis")
+            where = (name if name not in SETS else "drawn here" if name in ("digits", "faces-a", "faces-b") else
+                     next(filter(None, map(find, (kind, f"{kind}.tar.gz"))), DOWNLOADS))
             n, c, h, w = images.shape
             print(f"data     {name}: {n:,} pictures {c} x {h} x {w} ({where}){missing}", flush=True)
             return name, images, labels, classes
@@ -691,7 +693,7 @@ def gif(path, files, ms=150):
 
 def run_main(main):
     """Call main() as a command: an error of the user's is one line and exit code 2, Ctrl-C is exit code 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # a polite kill is treated like Ctrl-C
+    plain_signals()
     try:
         main()
     except UserError as e:
@@ -750,6 +752,8 @@ def device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
+        if torch.device(name).type == "cuda" and torch.device(name).index is not None:
+            torch.cuda.set_device(name)
         keep_memory()
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -797,13 +801,21 @@ def use_bf16(amp, device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def plain_signals():
+    """Ctrl-C and a polite kill (SIGTERM) raise KeyboardInterrupt where they come."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def interrupts():
-    """A list that Ctrl-C (or a polite kill) makes non-empty, so that a loop can stop between two steps; twice stops at once."""
+    """A list that Ctrl-C (or a polite kill) makes non-empty, so that a loop can stop between two steps; twice stops at once.
+
+    plain_signals() ends this when the loop is over."""
     seen = []
 
     def note(*_):
         seen.append(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        plain_signals()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, note), signal.signal(signal.SIGTERM, note)
     return seen
@@ -822,15 +834,22 @@ def fingerprint(images):
 
 
 def rng_state():
-    """All random states a run depends on, for its checkpoint."""
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    """The random states a run depends on, those of the CPU and of the device in use, for its checkpoint."""
+    state = dict(cpu=torch.get_rng_state())
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    elif torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
 
 
 def set_rng_state(state):
-    """Put back what rng_state() returned."""
+    """Put back what rng_state() returned; what belongs to a device that is not here is left out."""
     torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    elif "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"].cpu())
 
 
 def save_checkpoint(path, state):
@@ -854,7 +873,46 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
-OUTPUTS = ("*.png", "*.gif", "*.npy", "*.md", "log.csv", "last.pt", "result.json")
+def restore(parts, path, cfg, free=(), device="cpu"):
+    """A checkpoint into networks, optimisers and pools, in place; returns its step.
+
+    Fields of cfg outside `free` must be those it was trained with: UserError, as for a damaged or another file."""
+    state = load_checkpoint(path, device)
+    try:
+        for k, v in dataclasses.asdict(cfg).items():
+            was = state["config"].get(k, v)
+            if k not in free and was != v and not (k == "data" and v in was.split(",")):       # a list: one of these it was
+                raise UserError(f"{path} was trained with --{k.replace('_', '-')} {was}, not {v}; give that flag, or another "
+                                "--out, or --overwrite 1")
+        if getattr(cfg, "decay", 0) and state["config"]["steps"] not in (cfg.steps, 0) and cfg.steps > state["step"] > state["config"]["steps"] / 2:
+            print(f"note     up to step {state['step']} the learning rate fell as for --steps {state['config']['steps']}: not one run of {cfg.steps}")
+        for k, part in parts.items():
+            own = [{f: g[f] for f in ("lr", "capturable") if f in g} for g in getattr(part, "param_groups", [])]
+            part.load_state_dict(state[k])
+            for group, options in zip(getattr(part, "param_groups", []), own):
+                group.update(options)                                    # the form this run needs them in
+        set_rng_state(state["rng"])
+        return state["step"]
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
+        raise UserError(f"{path} is no checkpoint of this model ({str(e).splitlines()[0]}); name another --out") from None
+
+
+def finite(*nets):
+    """Whether every weight of the networks is a number."""
+    return torch.stack([p.detach().sum() for net in nets for p in net.parameters()]).isfinite().all().item()
+
+
+def command(out, trains):
+    """The command line to repeat a run with: this one, or, when it only evaluates, the one that result.json has."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if not trains:
+            return json.loads((Path(out) / "result.json").read_text())["command"]
+    return "python " + " ".join(sys.argv)
+
+
+OUTPUTS = ["[0-9]" * 6 + ".png", "classes*.png"] + (
+    "conditions.png curves.png interpolation.png noise.png pairs.png prompt.png sweep.png sweep-curves.png sweep.md "
+    "translations.png truncation.png tsne.png training.gif samples.npy labels.npy log.csv last.pt result.json").split()
 
 
 def open_run(out, resume=0, overwrite=0):
@@ -994,7 +1052,8 @@ def results(folders, readme="README.md"):
         shows = about.get(name) or about.get(r.get("preset") or r["config"].get("model")) or name
         fids = [r["metrics"]["fid"] for r in runs if "fid" in r["metrics"]]
         spread = f" FID over {len(fids)} seeds: {np.mean(fids):.3g} +- {np.std(fids, ddof=1):.2g}." if len(fids) > 1 else ""
-        where = r["versions"]["gpu"] or f"{r['versions']['machine']} CPU, {r['versions']['threads']} thread(s)"
+        v = r["versions"]
+        where = {"cuda": v["gpu"], "cpu": f"{v['machine']} CPU, {v['threads']} thread(s)"}.get(r["device"].split(":")[0], r["device"])
         lines.append(f"| `{r['command']}` | {shows.strip()} | {r['headline']}.{spread} | "
                      f"{np.mean([r['seconds'] for r in runs]) / 60:.1f} | {where}, {seeds} |")
     bench = Path("out/bench/table.md")
@@ -1017,7 +1076,8 @@ def main():
     p = sub.add_parser("results", help="the README's table from finished runs")
     p.add_argument("runs", nargs="+")
     p = sub.add_parser("figure", help="pictures side by side, small enough for a README")
-    p.add_argument("out"), p.add_argument("files", nargs="+"), p.add_argument("--height", type=int, default=420), p.add_argument("--colours", type=int, default=160)
+    p.add_argument("out"), p.add_argument("files", nargs="+"), p.add_argument("--height", type=int, default=420)
+    p.add_argument("--colours", type=int, default=160)
     a = parser.parse_args()
     if a.do == "figure":
         print(f"wrote {figure(a.out, a.files, a.height, a.colours)}")

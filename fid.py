@@ -29,7 +29,7 @@ Measured, AMD EPYC, torch 2.13.0, SciPy 1.17.1, seed 0:
     python fid.py speed, 2 threads         Inception 9.0 images/s plainly, 20 folded and channels_last, 36 in bfloat16
     classifier("mnist", 32), 2 threads     99.36% of the test set, 39 s to train
 """
-import contextlib, dataclasses, json, subprocess, sys, time, zlib
+import contextlib, dataclasses, json, subprocess, sys, time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -119,13 +119,13 @@ def distance(mu1, f1, mu2, f2):
     need(len(mu1) == len(mu2),
          f"{len(mu1)} and {len(mu2)} features: not of one network; measure both sides with the same")
     d2 = (mu1 - mu2).square().sum() + f1.square().sum() + f2.square().sum() - 2 * nuclear_norm(f1.T @ f2)
-    return max(0.0, d2.item())                                             # rounding may leave -1e-14
+    return d2.clamp(min=0).item()                                          # rounding may leave -1e-14; a NaN stays one
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians: means (d,), covariances (d, d), singular ones too -> float."""
     mu1, s1, mu2, s2 = (float64(t) for t in (mu1, sigma1, mu2, sigma2))
-    return max(0.0, ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * trace_root(factor(s1), s2)).item())
+    return ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * trace_root(factor(s1), s2)).clamp(min=0).item()
 
 
 def gaussian(x, rows=4096):
@@ -288,7 +288,7 @@ def classifier(name, size, device="cpu"):
 
     Heads: the classes; hair (12) and eyes (11) for the 132 face classes; 4 rotations for a set without labels.
     Its accuracy: the share of right answers of each head on the test split, in [0, 1]."""
-    tag = f"{Path(name).name}-{zlib.crc32(str(Path(name).resolve()).encode()):08x}" if Path(name).is_dir() else name
+    tag = f"{Path(name).name}-{data.fingerprint(data.load(name, size)[0])[:8]}" if Path(name).is_dir() else name
     path = data.DOWNLOADS / f"classifier-{tag}-{size}.pt"
     if path.is_file():
         with contextlib.suppress(Exception):                               # damaged or of an older version: train again
@@ -320,7 +320,7 @@ def classifier(name, size, device="cpu"):
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_URLS = ["https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS,
-                "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + WEIGHTS[3:]]
+                "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-" + WEIGHTS[3:]]
 
 
 def Conv(i, o, k, stride=1, keep_size=True):
@@ -433,7 +433,7 @@ class Inception(nn.Module):
     def features(self, images, rows=32):
         """uint8 pictures (N, 1 or 3, H, W) of any size -> float32 (N, 2048) on the CPU."""
         check_images(images, 3, self.name)
-        with torch.backends.cudnn.flags(allow_tf32=False):                 # TF32 would cost three digits
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):                 # TF32 would cost three digits
             return torch.cat([self.blocks(self.prepare(x))[-1].cpu() for x in images.split(rows)])
 
     def load_published(self, state):
@@ -454,7 +454,7 @@ class Inception(nn.Module):
 
 def inception(device="cpu", bf16=0):
     """The published network, from DATA_DIR, downloads/ or a mirror. Errors: UserError naming URL, path, sha256."""
-    name = next((n for n in (WEIGHTS, WEIGHTS[3:]) if data.find(n)), WEIGHTS)
+    name = next((n for n in (WEIGHTS, "weights-" + WEIGHTS[3:]) if data.find(n)), WEIGHTS)
     try:
         path = data.fetch(name, WEIGHTS_URLS, WEIGHTS_SHA256, "96 MB")
     except data.Unavailable as e:
@@ -576,7 +576,7 @@ def from_run(path, wanted):
         kind = kind or config["data"]
         fresh = samples.exists() and samples.stat().st_mtime >= last.stat().st_mtime
         if not fresh or from_array(samples, folder).n < wanted:
-            own = ("preset", "out", "resume", "overwrite", "steps", "dump", "show", "prompt")
+            own = ("preset", "out", "resume", "overwrite", "steps", "dump", "show", "prompt", "graph", "amp", "channels", "classes")
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in config.items() if k not in own]
             command = [sys.executable, str(Path(__file__).with_name("gan.py")), config["preset"], *flags,
                        "--out", str(folder), "--resume=1", "--steps=0", "--show=dump", f"--dump={wanted}"]

@@ -42,7 +42,7 @@ class Config:
     noise: str = "normal"           # law of z: normal, uniform (-1, 1), uniform01
     act: str = ""                   # one activation everywhere: relu, leaky, selu; empty: the table's own
     bn: str = "both"                # networks that keep their batch norm: both, G, D, none
-    raw: int = 0                    # 1: pictures as 0..255, no tanh (the tip's bad example)
+    raw: int = 0                    # 1: pictures as 0..255, no tanh, no batch norm (the bad example)
     loss: str = "bce"               # bce, saturating, lsgan, wgan, hinge
     clip: float = 0.0               # clip D's weights to [-clip, clip] after each D step
     gp: float = 0.0                 # weight of the gradient penalty
@@ -100,7 +100,7 @@ PRESETS = {  # name -> fields that differ                                  what 
                        clip=.01, d_opt="rmsprop", d_steps=5, lr=2e-4, decay=0, steps=3000),
 }
 # Fields that say where and how long, not what is trained: they neither name the folder nor forbid a resume.
-FREE = {"preset", "steps", "device", "samples", "show", "log_every", "sample_every", "out", "resume", "overwrite", "dump",
+FREE = {"preset", "steps", "device", "amp", "graph", "samples", "show", "log_every", "sample_every", "out", "resume", "overwrite", "dump",
         "prompt"}
 
 
@@ -220,7 +220,7 @@ class Discriminator(nn.Module):
 
 
 def init(m):
-    """Radford 2016, sec. 3: convolutions from N(0, 0.02), batch-norm gains from N(1, 0.02), their biases 0."""
+    """Convolutions from N(0, 0.02), Radford 2016 sec. 4; batch-norm gains from N(1, 0.02), their biases 0, as the course has it."""
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(m.weight, 0, .02)
     elif isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d)):
@@ -402,7 +402,7 @@ def recompute_statistics(G, cfg, device, batches=40):
 # ---- training ------------------------------------------------------------------------------------------------------
 
 def optimiser(kind, net, lr, cfg):
-    """Adam, RMSprop or SGD over a network; fused: one kernel for all tensors; its step count and rate on the GPU in a graph."""
+    """RMSprop, SGD or Adam (fused: one kernel for all tensors; in a graph step count and rate are tensors) over a network."""
     if kind == "adam":
         rate = torch.tensor(lr, device=next(net.parameters()).device) if cfg.graph else lr
         return torch.optim.Adam(net.parameters(), rate, (cfg.beta1, cfg.beta2), fused=True, capturable=bool(cfg.graph))
@@ -441,16 +441,21 @@ def captured(turn, warm=3):
 def reduce_gradients(net, world):
     """Mean of the gradients over all ranks, as one message. By hand, since hooks on backward() miss the gradient penalty."""
     if world > 1:
-        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        grads = gradients(net)
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         for g, part in zip(grads, flat.div_(world).split([g.numel() for g in grads])):
             g.copy_(part.view_as(g))
 
 
-def grad_norm(net):
-    """L2 norm of all gradients of a network as one vector."""
-    return torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm()
+def gradients(net):
+    """The gradient tensors of a network."""
+    return [p.grad for p in net.parameters() if p.grad is not None]
+
+
+def grad_norm(grads):
+    """L2 norm of gradients as one vector."""
+    return torch.stack([g.norm() for g in grads]).norm()
 
 
 def saturation(x):
@@ -505,12 +510,14 @@ def train(cfg, images, labels, out, device):
     parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D)
     start = 0
     if cfg.resume and (out / "last.pt").exists():
-        start = restore(parts, out / "last.pt", cfg, device)
+        start = data.restore(parts, out / "last.pt", cfg, FREE, device)
     log, stop = data.Log(out, cfg.steps, start, rank == 0), data.interrupts()
     amp = torch.autocast(device.type, torch.bfloat16, enabled=data.use_bf16(cfg.amp, device))
     probability = torch.sigmoid if cfg.loss in ("bce", "saturating") else lambda t: t
     encode = (lambda x: x.float()) if cfg.raw else to_float
     fixed_z = draw_z(64, cfg, "cpu", torch.Generator().manual_seed(cfg.seed))
+    broken = lambda step: UserError(f"a loss, gradient or weight is not finite, seen at step {step}; the last good checkpoint is "
+                                    f"in {out}: try a lower --lr, --gp or --loss lsgan")
     mark, marked = time.monotonic(), start
 
     def turn(penalise):
@@ -558,7 +565,7 @@ def train(cfg, images, labels, out, device):
         D.requires_grad_(True)
         if cfg.ema:
             average(G_ema, G, cfg.ema)
-        return loss_D, loss_G, real, fake, fake2, x, x_fake
+        return loss_D, loss_G, real, fake, fake2, x, x_fake, gradients(D), gradients(G)
 
     turns = {p: captured(lambda p=p: turn(p)) if cfg.graph else lambda p=p: turn(p) for p in (False, True)}
     for step in range(start + 1, cfg.steps + 1):
@@ -566,57 +573,46 @@ def train(cfg, images, labels, out, device):
             factor = min(1., 2 * (1 - (step - 1) / cfg.steps))          # constant, then linearly to 0
             for opt, lr in ((opt_G, cfg.lr), (opt_D, cfg.d_lr or cfg.lr)):
                 set_lr(opt, lr * factor)
-        loss_D, loss_G, real, fake, fake2, x, x_fake = turns[bool(cfg.r1) and step % cfg.r1_every == 0]()
+        loss_D, loss_G, real, fake, fake2, x, x_fake, dD, dG = turns[bool(cfg.r1) and step % cfg.r1_every == 0]()
 
         if step % cfg.log_every == 0 or step in (1, cfg.steps):      # the only place that waits for the device
             with torch.no_grad():
                 row = {"D": loss_D, "G": loss_G, "D(x)": probability(real.float()).mean(),
                        "z1": probability(fake.float()).mean(), "z2": probability(fake2.float()).mean(),
-                       "|dD|": grad_norm(D), "|dG|": grad_norm(G),
+                       "|dD|": grad_norm(dD), "|dG|": grad_norm(dG),
                        "spread": spread(decode(x_fake, cfg.raw)) / spread(decode(x, cfg.raw)).clamp(min=1e-6)}
                 if images.shape[1] == 3:
                     row |= {"sat real": saturation(decode(x, cfg.raw)), "sat fake": saturation(decode(x_fake, cfg.raw))}
                 if cfg.loss == "wgan":
                     row["W"] = real.float().mean() - fake.float().mean()
                 row = dict(zip(row, torch.stack([v.float() for v in row.values()]).tolist()))
-                weights = torch.stack([p.sum() for net in (G, D) for p in net.parameters()]).isfinite().all().item()
-            if not (weights and np.isfinite(list(row.values())).all()):
-                raise UserError(f"a loss, gradient or weight is not finite, seen at step {step}; the last good checkpoint is in "
-                                f"{out}: try a lower --lr, --gp or --loss lsgan")
+            if not np.isfinite(list(row.values())).all():
+                raise broken(step)
             log.write(step, (step - marked) * cfg.batch / (time.monotonic() - mark), **row)
             mark, marked = time.monotonic(), step
-        if world > 1:                                                   # all ranks stop together or not at all
-            flag = torch.tensor(float(bool(stop)), device=device)
+        halt = bool(stop)
+        if world > 1 and step % cfg.log_every == 0:                     # all ranks stop together, asked where they wait anyway
+            flag = torch.tensor(float(halt), device=device)
             dist.all_reduce(flag)
-            stop = stop or [1] * int(flag.item())
-        last = step == cfg.steps or bool(stop)
+            halt = flag.item() > 0
+        elif world > 1:
+            halt = False
+        last = step == cfg.steps or halt
         if rank == 0 and (last or step % cfg.sample_every == 0 or step == 1):
             grid = sample(sampler(G, G_ema, cfg, device), 64, cfg, device, fixed_labels(64, cfg), fixed_z)
             data.save(data.grid(grid, 8), out / f"{step:06d}.png")
-            mark = time.monotonic()
-        if rank == 0 and (last or step % cfg.sample_every == 0):
-            data.save_checkpoint(out / "last.pt", dict({k: v.state_dict() for k, v in parts.items()}, step=step,
-                                 config=dataclasses.asdict(cfg), rng=data.rng_state(), seconds=log.seconds))
-        if stop and last:                                               # Ctrl-C since `last` was asked: at the next step
+            mark, marked = time.monotonic(), step
+        if last or step % cfg.sample_every == 0:
+            if not data.finite(G, D):                                   # never over the last good checkpoint
+                raise broken(step)
+            if rank == 0:
+                data.save_checkpoint(out / "last.pt", dict({k: v.state_dict() for k, v in parts.items()}, step=step,
+                                     config=dataclasses.asdict(cfg), rng=data.rng_state()))
+        if halt:
             print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
             raise KeyboardInterrupt
+    data.plain_signals()
     return G, G_ema, D, max(start, cfg.steps), log
-
-
-def restore(parts, path, cfg, device):
-    """Load a checkpoint into networks and optimisers; UserError when it was trained with other settings. Returns its step."""
-    state = data.load_checkpoint(path, device)
-    try:
-        for k, v in dataclasses.asdict(cfg).items():
-            if k not in FREE and k != "amp" and state["config"].get(k, v) != v:
-                raise UserError(f"{path} was trained with --{k.replace('_', '-')} {state['config'][k]}, not {v}; give that "
-                                "flag, or another --out, or --overwrite 1")
-        for k, part in parts.items():
-            part.load_state_dict(state[k])
-        data.set_rng_state(state["rng"])
-        return state["step"]
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is no checkpoint of this preset ({str(e).splitlines()[0]}); name another --out") from None
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
@@ -690,12 +686,12 @@ def score(G, cfg, source, device):
     return net, fid.score(net, real, x, other), x, y
 
 
-def metrics(cfg, scored, labels, classes, out):
+def metrics(scored, labels, classes, out):
     """What score() returned, with class counts and the accuracy of the condition. Returns a dict, draws the bars."""
     net, result, x, y = scored
-    guess, sure = net.predict(x)
     if labels is None:
         return result
+    guess, sure = net.predict(x)
     true, n = labels.cpu(), len(classes)
     count, wanted = torch.bincount(guess, minlength=n) / len(x), torch.bincount(true, minlength=n) / len(true)
     result |= dict(confidence=sure.mean().item(), modes=int((count > 0).sum()), classes=n,
@@ -758,7 +754,7 @@ def evaluate(cfg, G, D, step, log, source, scored, out, device):
         wrote += [grids[-1], data.curves(out / "curves.png", log.table, PANELS), data.gif(out / "training.gif", grids)]
     if cfg.cond != "none":
         wrote.append(condition_grid(G, cfg, classes, device, out / "conditions.png"))
-    result = metrics(cfg, scored, labels, classes, out)
+    result = metrics(scored, labels, classes, out)
     wrote += sorted(out.glob("classes*.png"))
     if log.table:
         result["collapsed at"] = collapsed_at(log)
@@ -766,7 +762,7 @@ def evaluate(cfg, G, D, step, log, source, scored, out, device):
     headline = fid.line(result) + "".join(f"; {k} {100 * v:.1f}%" for k, v in result.items() if "accuracy" in k) + (
         f"; {result['modes']} of {result['classes']} classes, rarest {100 * result['rarest']:.1f}%" if "modes" in result else "")
     data.write_json(out / "result.json", dict(
-        command="python " + " ".join(sys.argv), preset=cfg.preset, config=dataclasses.asdict(cfg), step=step, device=str(device),
+        command=data.command(out, cfg.steps), preset=cfg.preset, config=dataclasses.asdict(cfg), step=step, device=str(device),
         versions=data.versions(), data=dict(name=name, n=len(images), sha256=data.fingerprint(images)), parameters=count,
         seconds=log.table["seconds"][-1] if log.table else 0.0, sampled_from="averaged G" if cfg.ema else "G, eval mode",
         images_per_second=(step * cfg.batch / log.table["seconds"][-1]) if log.table else 0.0, metrics=result, headline=headline))
@@ -787,6 +783,9 @@ def check(cfg):
     for field in ("z", "h", "d_steps", "log_every", "sample_every", "r1_every"):
         if getattr(cfg, field) < 1:
             raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(cfg, field)}")
+    for field in ("beta1", "beta2", "ema"):
+        if not 0 <= getattr(cfg, field) < 1:
+            raise UserError(f"--{field} must be in [0, 1), not {getattr(cfg, field)}")
     for field in ("steps", "clip", "gp", "r1", "dump", "d_lr"):
         if getattr(cfg, field) < 0:
             raise UserError(f"--{field.replace('_', '-')} must not be negative")
@@ -806,14 +805,14 @@ def check(cfg):
             raise UserError(f"--prompt belongs to text2img; {cfg.preset} knows no hair and eyes")
     if cfg.graph and {cfg.g_opt, cfg.d_opt} != {"adam"}:
         raise UserError("--graph 1 works with Adam for G and D only")
-    if not 0 <= cfg.ema < 1:
-        raise UserError(f"--ema must be in [0, 1), not {cfg.ema}")
 
 
 def main(argv=None):
     cfg, changes = data.arguments(Config, argv, PRESETS)
     check(cfg)
-    tail = "".join(f"-{k}{str(v).replace('/', '_').replace(',', '+')}" for k, v in changes.items() if k not in FREE | {"amp"})
+    for field in {"channels", "classes"} & changes.keys():
+        raise UserError(f"--{field} follows from the data; leave it out")
+    tail = "".join(f"-{k}{str(v).replace('/', '_').replace(',', '+')}" for k, v in changes.items() if k not in FREE)
     out = Path(cfg.out or f"out/{cfg.preset}{tail}")
     if cfg.steps == 0 and (out / "last.pt").exists():
         cfg.resume = 1
@@ -826,9 +825,9 @@ def main(argv=None):
     if cfg.batch % world or cfg.batch // world < 2:
         raise UserError(f"--batch {cfg.batch} cannot be shared by {world} ranks; at least 2 pictures each")
     name, images, labels, classes = source = data.choose(cfg.data, cfg.size)
-    cfg.channels = images.shape[1]
-    if len(images) < 2:
-        raise UserError(f"{name} has {len(images)} picture; a GAN needs at least 2")
+    cfg.data, cfg.channels = name, images.shape[1]
+    if len(images) < 10:
+        raise UserError(f"{name} has {len(images)} picture(s); training and metrics need at least 10")
     if cfg.cond != "none":
         if labels is None:
             raise UserError(f"--cond {cfg.cond} needs labels and {name} has none; put the pictures into one sub-folder a class")
@@ -838,7 +837,7 @@ def main(argv=None):
     if rank == 0:
         data.open_run(out, cfg.resume, cfg.overwrite)
     v = data.versions()
-    print(f"run      {out}  device {device} {v['gpu']} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}"
+    print(f"run      {out}  device {device} {v['gpu'] if device.type == 'cuda' else ''} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}"
           f"  bfloat16 {'on' if data.use_bf16(cfg.amp, device) else 'off'}", flush=True)
     images, labels = images.to(device), None if labels is None else labels.to(device)
     G, G_ema, D, step, log = train(cfg, images, labels, out, device)
