@@ -8,11 +8,13 @@ D tells real x from x_fake = G(z); G makes D err. Here D returns logits, D(x) in
 loss below is what is MINIMISED, averaged over the batch. Read on in the order of a lecture: config and presets,
 networks, losses, regularisers, one training loop, evaluation.
 
-Measured, seed 0, torch 2.13, ONE thread of an AMD EPYC (Zen 5), bfloat16, other work beside it; FID on features of fid.py's
-classifier, n = 10000, the real-vs-real floor in brackets:
-    dcgan                               MNIST, 2.3 min: FID 1.71 (0.04), all digits, the rarest 7.0%, confidence 0.91
+Measured with torch 2.13 on ONE thread of an AMD EPYC (Zen 5), bfloat16, other work beside it; FID on features of fid.py's
+classifier, n = 10000, the real-vs-real floor in brackets; seeds 0, 1, 2 where there are three numbers, else 0:
+    dcgan                               MNIST, 2.4 min: FID 1.71, 2.28, 2.47 (0.04); float32 1.70, 2.36, 2.05
+    speedrun                            0.40, 0.38, 0.42 (46 steps/s on 2 idle cores: 2.5 min);  --steps 17500: 0.27, 0.32, 0.29 (6.3 min)
+    course                              the course's setting, --steps 7000: 2.56, 3.85, 3.48;  --steps 17500: 1.66, 2.14, 1.83
     cwgan --steps 1200                  Fashion-MNIST: 80.7% of the clothes are what was asked for, FID 2.25 (0.02)
-    text2img --steps 1800               anime faces: hair 90%, eyes 80% as asked
+    text2img --steps 1800               anime faces: hair 88%, eyes 79% as asked
     text2img --data faces-a --steps 1900    drawn faces: hair 100%, eyes 97%
 """
 import copy, dataclasses, re, sys, time
