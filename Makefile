@@ -24,7 +24,7 @@ help:  ## this list
 dcgan: $(VENV)  ## 2 min: digits from noise, with FID and class counts (PRESET=course: the course's setting)
 	$(PYTHON) gan.py $(PRESET) --resume 1 $(ARGS)
 
-speedrun: $(VENV)  ## 2 min: the best recipe found for digits (6 min: ARGS="--steps 17500")
+speedrun: $(VENV)  ## 3 min: the best recipe found for digits (6 min: ARGS="--steps 17500")
 	$(PYTHON) gan.py speedrun --resume 1 $(ARGS)
 
 mlp: $(VENV)  ## 3 min: the same game without convolutions
@@ -120,14 +120,14 @@ figures: $(VENV)  ## 1 min: the README's pictures from finished runs
 	$(call FIG,sick) out/sick/{collapse,vanishing,oscillation}/curves.png --height 460 --colours 32
 	$(call FIG,walks) out/dcgan/interpolation.png out/dcgan/classes.png --height 400 --colours 32
 	$(call FIG,mlp) $(call LAST,out/mlp) $(call LAST,out/dcgan) --height 400 --colours 16
-	$(call FIG,text2img) out/text2img/conditions.png --height 700 --colours 64
+	$(call FIG,text2img) out/text2img/conditions.png --height 700
 	$(call FIG,cwgan) out/cwgan/conditions.png --height 560 --colours 32
 	$(call FIG,faces) $(call LAST,out/anime) $(call LAST,out/wgan) --height 400 --colours 64
 	$(call FIG,stability) out/sweep-stability.png --height 720 --colours 64
 	$(call FIG,tips) out/sweep-tips.png --height 1150 --colours 64
 	$(call FIG,cyclegan) out/cyclegan/translations.png --height 440 --colours 96
 	$(call FIG,cyclegan-faces) out/cyclegan-faces/translations.png --height 560 --colours 96
-	$(call FIG,seeds) out/seeds/seed-{11,1234}/translations.png --height 480 --colours 64
+	$(call FIG,seeds) out/seeds/seed-{11,1234}/translations.png --height 480 --colours 40
 	$(call FIG,lambda) out/sweep-lambda/sweep.png --height 900 --colours 64
 	$(call FIG,biggan) out/biggan/tsne.png out/biggan/interpolation.png --height 500 --colours 64
 	$(call FIG,growth) out/bench/growth.png --height 300 --colours 16

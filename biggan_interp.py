@@ -690,6 +690,7 @@ def choose_model(cfg):
         print(f"model    small BigGAN, 132 classes of faces; {e}", flush=True)
 
 def main(argv=None):
+    """The command line."""
     cfg, changes = data.arguments(Run, argv)
     check(cfg)
     tail = "".join(f"-{k}{'+'.join(v) if k == 'classes' else v}" for k, v in changes.items()

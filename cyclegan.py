@@ -668,6 +668,7 @@ def run(cfg, a, b, out, device):
 
 
 def main(argv=None):
+    """The command line."""
     cfg, changes = data.arguments(Config, argv)
     cfg = Config(**{**dataclasses.asdict(cfg), **recipe(cfg.model, cfg.size), **changes})
     check(cfg)

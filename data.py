@@ -1067,6 +1067,7 @@ def results(folders, readme="README.md"):
 
 
 def main():
+    """The command line: show, compare, results, figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="do", required=True)
     p = sub.add_parser("show", help="a page of a data set")

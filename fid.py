@@ -827,6 +827,7 @@ def speed(device, n=64, rounds=3):
 # ---- main ----------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
+    """The command line."""
     cfg, _ = data.arguments(Config, argv, positional="sources")
     words = cfg.sources
     if tuple(words) in (("roots",), ("speed",)):

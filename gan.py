@@ -68,7 +68,7 @@ class Config:
     seed: int = 0                   # seed of weights, batches and noise
     device: str = "auto"            # auto, cuda, mps, cpu
     amp: int = -1                   # bfloat16 autocast: 1 on, 0 off, -1 where the hardware has it
-    graph: int = 0                  # 1: replay each step as one CUDA graph (one GPU, Adam)
+    graph: int = 0                  # 1: replay each step as one CUDA graph (one GPU, Adam; tested without a GPU only)
     samples: int = 10000            # pictures drawn for the metrics
     show: str = "all"               # what to evaluate: all, metrics, interp, dump
     log_every: int = 50             # steps between two lines of the log
@@ -87,7 +87,7 @@ ANIME = dict(data="anime,faces-a", net="anime", size=64, channels=3, z=100, h=64
 PRESETS = {  # name -> fields that differ                                  what it is, and where it comes from
     "dcgan": {},                                                         # DCGAN (Radford 2016) as a course's MNIST exercise,
     "course": dict(lr=2e-4, decay=0),                                    # ... with its own constant learning rate
-    "speedrun": dict(bn="G", r1=1., r1_every=16, lr=2e-3, beta1=0., beta2=.99, ema=.998,     # ... as good as two minutes
+    "speedrun": dict(bn="G", r1=1., r1_every=16, lr=2e-3, beta1=0., beta2=.99, ema=.998,     # ... as good as 2.5 minutes
                      steps=7000),                                        # allow; R1 (Mescheder 2018) instead of D's batch norm
     "mlp": dict(net="mlp", h=128),                                       # fully connected, as Goodfellow 2014
     "emoji": EMOJI,                                                      # least squares (Mao 2017) on emojis
@@ -810,6 +810,7 @@ def check(cfg):
 
 
 def main(argv=None):
+    """The command line."""
     cfg, changes = data.arguments(Config, argv, PRESETS)
     check(cfg)
     for field in {"channels", "classes"} & changes.keys():

@@ -331,6 +331,7 @@ def test_two_ranks_equal_one_with_the_joint_batch(home):
     two = json.loads(Path("o/2/result.json").read_text())["metrics"]
     run(*words, "--steps", "0", "--out", "o/2")
     one = json.loads(Path("o/2/result.json").read_text())["metrics"]
+    assert "--steps 4" in json.loads(Path("o/2/result.json").read_text())["command"]       # an evaluation keeps the training's
     assert two["fid"] == pytest.approx(one["fid"], rel=1e-4) and {k: one[k] for k in ("n", "modes")} == {k: two[k] for k in ("n", "modes")}
 
 
@@ -955,13 +956,16 @@ def test_compare_puts_runs_on_one_sheet(home):
 def test_readme_table_and_figures_are_made_by_command(home):
     for seed in (0, 1):
         run("dcgan", *TINY, "--steps", 2, "--seed", seed, "--out", f"o/dcgan-s{seed}")
-    Path("README.md").write_text("# x\n<!-- results -->\nold\n<!-- end -->\nrest\n")
+    Path("README.md").write_text("# x\n<!-- bench -->\n<!-- end -->\n<!-- results -->\nold\n<!-- end -->\nrest\n")
+    data.write_text("out/bench/table.md", "a table")
     shutil.copy(ROOT / "Makefile", "Makefile")
     run("results", "o/dcgan-s0", "o/dcgan-s1", script="data.py")
     text = Path("README.md").read_text()
+    assert "<!-- bench -->\na table\n<!-- end -->\n" in text
     assert "old" not in text and "over 2 seeds" in text and "0, 1 |" in text and text.endswith("<!-- end -->\nrest\n")
     run("figure", "f.png", "o/dcgan-s0/000002.png", "o/dcgan-s0/curves.png", script="data.py")
-    assert Image.open("f.png").mode == "P"
+    data.figure("f.gif", ["o/dcgan-s0/000001.png", "o/dcgan-s0/000002.png"], 100)
+    assert Image.open("f.png").mode == "P" and Image.open("f.gif").n_frames == 2 and Image.open("f.gif").height == 100
     one_line(run("figure", "f.png", "none.png", script="data.py", code=2)[1], "none.png")
     assert "wrote p.png" in run("show", "digits", "p.png", script="data.py")[0]
     assert "--resume" in run("--help")[0]
@@ -2059,8 +2063,9 @@ def test_biggan_interp_statistics_tables_hold_what_the_batch_had():
 
 def test_biggan_interp_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(big, "BATCH", 8)
-    monkeypatch.setattr(big, "sampler", lambda G, rows=None: big.fill_statistics(
-        big.fold(copy.deepcopy(G)), rows or [-1], 1))                         # the same, but one row and quick
+    asked, last = [], big.SMALL.n_stats - 1
+    monkeypatch.setattr(big, "sampler", lambda G, rows=None: asked.append(rows) or big.fill_statistics(
+        big.fold(copy.deepcopy(G)), rows or [last], 1))                       # the same, but one row and quick
     cfg, save = big.Run(steps=4, sample_every=2, log_every=1), data.save_checkpoint
     def go(name):
         out = data.open_run(tmp_path / name, resume=1)
@@ -2069,6 +2074,7 @@ def test_biggan_interp_training_resumes_bit_for_bit(tmp_path, monkeypatch):
         save(path, state)
         raise KeyboardInterrupt
     whole, log = go("whole")
+    assert asked == [[last], [last], None]                                    # grids: the row of truncation 1, not -1
     monkeypatch.setattr(data, "save_checkpoint", die)
     with pytest.raises(KeyboardInterrupt):
         go("killed")
