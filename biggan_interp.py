@@ -1,152 +1,213 @@
-"""biggan_interp.py: BigGAN-deep, what lies between its classes, and a t-SNE map of them.
+"""biggan_interp.py: BigGAN-deep, what lies between two of its classes, and a t-SNE map of them.
 
-    python biggan_interp.py                                     published weights if they can be had, else a small one
-    python biggan_interp.py --classes "tiger cat" "Persian cat" --model published --size 256
+    python biggan_interp.py                                 published weights, else a small one
+    python biggan_interp.py --model small                   trained here, on drawn faces
+    python biggan_interp.py --model published --size 512    only if the weights can be had
 
-BigGAN (Brock 2019) gives every class y a learnt vector r_y. Between two classes lies r = alpha r_1 + (1 - alpha) r_2,
-a class that was in no training set; G(z, r) at a fixed z shows what the network thinks it looks like. Here: the
-generator written out for the published weights (128, 256, 512); a small one of the same code, trained below on drawn
-faces whose classes are 12 hair x 11 eye colours; t-SNE (van der Maaten & Hinton 2008); walks between classes, between
-noise vectors and along the truncation.
+BigGAN (Brock 2019) learns a vector r for each class. At one fixed z the pictures of
+r = alpha r1 + (1 - alpha) r2, alpha = 1 .. 0, walk from one class to another through classes that
+nobody ever drew: G(z, r). Near classes should give sensible pictures on the way, far ones should
+not. Which classes are near shows t-SNE (van der Maaten & Hinton 2008), a map that keeps neighbours:
+it minimises KL(P || Q) = sum p_ij log(p_ij / q_ij), where p_ij says how much i and j are neighbours
+among the vectors and q_ij the same on the map.
 
-Measured: `--model small`, seed 0, one thread of an AMD EPYC that other programs used too: 2000 steps in 7:16 minutes;
-hair 100.0% and eyes 99.8% as asked (n = 2640), FID 0.73 (classifier-faces-a-32, n = 2640; floor 0.81 at n = 1000, not
-comparable: FID falls with n), precision only 0.15, recall 0.72: the hair is visibly noisier than in the drawings.
-On the t-SNE map 99% of the classes have a nearest neighbour of the same hair.
+The published weights, 128, 256 or 512 pixels and 1000 classes of ImageNet, are about 220 MB. Where
+they cannot be had, a small BigGAN of the same layers is trained here on drawn faces of 32 pixels,
+whose 132 classes are 12 hair by 11 eye colours. Read on in the order of the lecture: config,
+generator, published weights, the small one's game, t-SNE, classes and walks, what was drawn.
+
+Measured, --model small, one thread of an AMD EPYC, torch 2.13, seed 0:
+    MEASURE
 """
-import contextlib, copy, dataclasses, difflib, json, math, sys, time
-from pathlib import Path
+import copy
+import json
+import math
+from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from torch import nn
 
-import data, fid
-from data import UserError, to_float
+import data
+import fid
+from data import EYES, FACES, HAIR, need, to_float
 
-@dataclasses.dataclass
+
+# ---- config --------------------------------------------------------------------------------------
+
+@dataclass
 class Run:
-    classes: tuple = ()             # two classes to walk between, by name or index, instead of the built-in pairs
-    model: str = "auto"             # published (ImageNet), small (faces, trained here), auto: the former if to be had
-    size: int = 128                 # published model: 128, 256 or 512
-    truncation: float = 0.5         # noise is cut at 2 and multiplied by this: lower is cleaner and less varied
-    steps: int = 2000               # training steps of the small model; 0: only use one that is trained
-    seed: int = 0                   # seed of weights, batches, noise and t-SNE
+    """What a run is. A field is a flag and its comment the flag's help."""
+    model: Literal["", "published", "small"] = ""   # empty: published if it can be had, else small
+    size: Literal[128, 256, 512] = 128      # side of the published model's pictures
+    truncation: float = .5          # noise is cut at 2 and multiplied by this: cleaner, less varied
+    steps: int = 3000               # steps of the small one's G; 0: only evaluate the checkpoint
+    seed: int = 0                   # seed of weights, batches, noise and map
+    device: str = "auto"            # auto, cuda, mps, cpu
+    amp: int = -1                   # bfloat16 autocast: 1 on, 0 off, -1 where the hardware has it
     log_every: int = 50             # steps between two lines of the log
     sample_every: int = 500         # steps between two sample grids and checkpoints
-    device: str = "auto"            # auto, cuda, mps, cpu
     out: str = ""                   # folder of the run; empty: out/biggan-<what differs>
-    resume: int = 0                 # 1: go on in a folder that holds a run
-    overwrite: int = 0              # 1: replace the run in the folder
+    resume: int = 1                 # 0: begin anew where the folder has a checkpoint
 
 
-# ---- the generator: BigGAN-deep (Brock 2019, appendix B) -----------------------------------------------------------
+# Fields that say how long and where, not what is trained: a resume may change them.
+FREE = {"model", "truncation", "steps", "device", "amp", "log_every", "sample_every", "out",
+        "resume"}
 
-CHANNELS = {  # picture size -> channels of its stages in multiples of the channel width; 32 is ours, for a CPU
-    32: [8, 8, 4, 2], 128: [16, 16, 8, 4, 2, 1], 256: [16, 16, 8, 8, 4, 2, 1], 512: [16, 16, 8, 8, 4, 2, 1, 1]}
-BLOCKS = {  # -> (upsample?, channels in, channels out); the published ones have a block that keeps the size before each
-    size: [block for a, b in zip(c, c[1:]) for block in ([] if size == 32 else [(0, a, a)]) + [(1, a, b)]]
-    for size, c in CHANNELS.items()}
 
-@dataclasses.dataclass
+@dataclass
 class Config:
-    """Sizes of the generator; the defaults are the published 128 x 128 model, size=256 and 512 the other two."""
+    """Sizes of a generator; the defaults are the published 128 x 128 model."""
     size: int = 128
     z_dim: int = 128
     class_embed_dim: int = 128
     channel_width: int = 128
     num_classes: int = 1000
-    attention_layer_position: int = 8  # self-attention stands before this block
-    n_stats: int = 51                  # rows of the batch-norm tables: one every 1 / (n_stats - 1) of truncation
-    eps: float = 1e-4
+    attention_layer_position: int = 8   # self-attention stands before this block
+    n_stats: int = 51                   # rows of the batch-norm tables: truncation 0, 0.02 .. 1
+
+
+# The small one, 32 x 32, and its game.
+SMALL = Config(size=32, z_dim=32, class_embed_dim=64, channel_width=16, num_classes=132,
+               attention_layer_position=2, n_stats=11)
+BATCH, LR, R1, EMA = 64, 1e-3, .1, .999
+
+# Channels at 4 x 4, 8 x 8 and so on, in multiples of the width; 32 x 32 is not published.
+CHANNELS = {
+    32: [8, 8, 4, 2],
+    128: [16, 16, 8, 4, 2, 1],
+    256: [16, 16, 8, 8, 4, 2, 1],
+    512: [16, 16, 8, 8, 4, 2, 1, 1],
+}
+
+
+# ---- the generator: BigGAN-deep, Brock 2019 appendix B -------------------------------------------
 
 class Spectral(nn.Module):
-    """A linear layer (shape (out, in)) or a convolution ((out, in, k, k)) with weight W / sigma(W), W as a matrix of
-    `out` rows (Miyato 2018, section 2.1). sigma is estimated as u^T W v; while training, one power iteration a call
-    turns u, v towards the top singular pair. In eval mode the stored u and v are used as they are: the published
-    pictures need exactly that."""
-    def __init__(self, *shape, bias=True, stride=1, padding=None):
+    """A linear layer, shape (out, in), or a convolution, (out, in, k, k), with W / sigma(W) for W.
+
+    sigma, the largest singular value of W as a matrix of `out` rows, is u^T W v; while training one
+    power iteration a pass keeps u and v at the top pair (Miyato 2018, alg. 1). In eval mode they
+    are used as they are stored, and after fold() not at all."""
+
+    def __init__(self, *shape, bias=True):
         super().__init__()
-        self.weight_orig = nn.Parameter(torch.randn(shape) * 0.02)
+        self.weight_orig = nn.Parameter(torch.empty(shape))
+        nn.init.orthogonal_(self.weight_orig)                           # Brock 2019, sec. 3
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
         self.register_buffer("weight_u", F.normalize(torch.randn(shape[0]), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(math.prod(shape[1:])), dim=0))
-        self.stride, self.padding, self.folded = stride, shape[-1] // 2 if padding is None else padding, False
-        if not self.weight_orig.is_meta:                                  # shapes alone have no singular vectors
-            self.power_iteration(5)
+        self.folded = False
 
     @torch.no_grad()
-    def power_iteration(self, n=1, eps=1e-4):
-        W = self.weight_orig.flatten(1)
-        for _ in range(n):  # new tensors, not in place: an earlier forward pass may still need the old ones
-            self.weight_v = F.normalize(W.T @ self.weight_u, dim=0, eps=eps)
-            self.weight_u = F.normalize(W @ self.weight_v, dim=0, eps=eps)
+    def power_iteration(self):
+        W = self.weight_orig.flatten(1)                                 # (out, rest)
+        self.weight_v = F.normalize((W.T * self.weight_u).sum(1), dim=0)    # W^T u / |W^T u|
+        self.weight_u = F.normalize((W * self.weight_v).sum(1), dim=0)      # W v / |W v|
 
     def weight(self):
+        """W / sigma(W), in float32 (autocast would round a product, but not a sum)."""
         if self.folded:
             return self.weight_orig
         if self.training:
             self.power_iteration()
-        return self.weight_orig / (self.weight_u @ (self.weight_orig.flatten(1) @ self.weight_v))
+        Wv = (self.weight_orig.flatten(1) * self.weight_v).sum(1)       # (out,)
+        return self.weight_orig / (self.weight_u * Wv).sum()
 
-    def forward(self, x, out=None):
-        """out: only so many of the first outputs (sigma is still that of the whole W)."""
-        W, b = self.weight()[:out], None if self.bias is None else self.bias[:out]
-        return F.linear(x, W, b) if W.dim() == 2 else F.conv2d(x, W, b, self.stride, self.padding)
+    def forward(self, x):
+        W = self.weight()
+        if W.dim() == 2:
+            return F.linear(x, W, self.bias)
+        return F.conv2d(x, W, self.bias, padding=W.shape[-1] // 2)
+
+
+@torch.no_grad()
+def fold(G):
+    """Divide every weight by its sigma once and for all: G draws the same, only faster."""
+    for layer in G.eval().modules():
+        if isinstance(layer, Spectral):
+            layer.weight_orig.copy_(layer.weight())
+            layer.folded = True
+    return G
+
 
 class BatchNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * (1 + scale(cond)) + offset(cond); without cond_dim a plain weight and bias.
-    While training the statistics are the batch's; else they are looked up in a table, one row a truncation, because
-    a generator fed with shortened z has other statistics in every layer (Brock 2019, appendix B)."""
-    def __init__(self, channels, cond_dim, config):
+    """(x - mean) / sqrt(var + eps) * (1 + scale(cond)) + offset(cond), maps x (N, C, H, W).
+
+    cond (N, z_dim + class_embed_dim): z beside the class vector; plain: weight and bias. Shorter z
+    have other statistics in every layer, so there is a table of them, a row a truncation (Brock
+    2019, appendix B). While training they are the batch's, and noted in their row."""
+
+    def __init__(self, channels, config, plain=False):
         super().__init__()
-        self.eps = config.eps
+        self.last = config.n_stats - 1
         self.register_buffer("running_means", torch.zeros(config.n_stats, channels))
         self.register_buffer("running_vars", torch.ones(config.n_stats, channels))
-        if cond_dim:
-            self.scale, self.offset = (Spectral(channels, cond_dim, bias=False) for _ in range(2))
+        if plain:
+            self.weight = nn.Parameter(torch.ones(channels))
+            self.bias = nn.Parameter(torch.zeros(channels))
         else:
-            self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+            cond_dim = config.z_dim + config.class_embed_dim
+            self.scale = Spectral(channels, cond_dim, bias=False)
+            self.offset = Spectral(channels, cond_dim, bias=False)
 
     def statistics(self, truncation):
-        """mean (C,), var (C,) for 0 < truncation <= 1."""
-        coef, i = math.modf(truncation / (1 / (len(self.running_means) - 1)))
-        # A quirk of the published code, kept because its pictures depend on it: linear interpolation would weigh the
-        # lower row with 1 - coef, it weighs it with coef.
-        return [s[int(i)] if coef == 0 else s[int(i)] * coef + s[int(i) + 1] * (1 - coef)
-                for s in (self.running_means, self.running_vars)]
+        """Mean (C,), variance (C,): a row of the table, or a mixture of two."""
+        coef, i = math.modf(truncation / (1 / self.last))
+        i = int(i)
+        table = torch.stack([self.running_means, self.running_vars])    # (2, rows, C)
+        if coef == 0:
+            return table[:, i]
+        # The published code swaps the two weights, and its pictures depend on it: linear
+        # interpolation has 1 - coef at row i.
+        return coef * table[:, i] + (1 - coef) * table[:, i + 1]
 
     def forward(self, x, truncation, cond=None):
-        gain, offset = (self.weight, self.bias) if cond is None else (1 + self.scale(cond), self.offset(cond))
-        gain, offset = gain.view(-1, x.shape[1], 1, 1), offset.view(-1, x.shape[1], 1, 1)  # (N or 1, C, 1, 1)
         if self.training:
-            return torch.addcmul(offset, F.batch_norm(x, None, None, training=True, eps=self.eps), gain)
-        mean, var = (s.view(1, -1, 1, 1) for s in self.statistics(truncation))
-        gain = gain * (var + self.eps).rsqrt()
-        return torch.addcmul(offset - mean * gain, x, gain)
+            row = round(truncation * self.last)
+            mean, var = self.running_means[row], self.running_vars[row]
+        else:
+            mean, var = self.statistics(truncation)
+        x = F.batch_norm(x.float(), mean, var, training=self.training, momentum=1., eps=1e-4)
+        if cond is None:
+            gain, offset = self.weight[None], self.bias[None]           # (1, C)
+        else:
+            gain, offset = 1 + self.scale(cond), self.offset(cond)      # (N, C)
+        return torch.addcmul(offset[:, :, None, None], x, gain[:, :, None, None])
+
 
 class Block(nn.Module):
-    """1x1 down to a quarter of the channels, two 3x3, 1x1 up again; the skip drops channels instead of convolving."""
-    def __init__(self, up, n_in, n_out, cond_dim, config):
+    """1x1 to a quarter of the channels, 3x3, 3x3, 1x1 to n_out; up doubles the side.
+
+    The skip has no weights: it keeps the first n_out channels."""
+
+    def __init__(self, n_in, n_out, up, config):
         super().__init__()
-        self.up, self.n_out, mid = up, n_out, n_in // 4
-        self.bn_0, self.conv_0 = BatchNorm(n_in, cond_dim, config), Spectral(mid, n_in, 1, 1)
-        self.bn_1, self.conv_1 = BatchNorm(mid, cond_dim, config), Spectral(mid, mid, 3, 3)
-        self.bn_2, self.conv_2 = BatchNorm(mid, cond_dim, config), Spectral(mid, mid, 3, 3)
-        self.bn_3, self.conv_3 = BatchNorm(mid, cond_dim, config), Spectral(n_out, mid, 1, 1)
+        mid = n_in // 4
+        self.n_out = n_out
+        self.up = nn.Upsample(scale_factor=2) if up else nn.Identity()  # nearest
+        self.bn_0 = BatchNorm(n_in, config)
+        self.conv_0 = Spectral(mid, n_in, 1, 1)
+        self.bn_1 = BatchNorm(mid, config)
+        self.conv_1 = Spectral(mid, mid, 3, 3)
+        self.bn_2 = BatchNorm(mid, config)
+        self.conv_2 = Spectral(mid, mid, 3, 3)
+        self.bn_3 = BatchNorm(mid, config)
+        self.conv_3 = Spectral(n_out, mid, 1, 1)
 
     def forward(self, x, truncation, cond):
-        h = self.conv_0(F.relu(self.bn_0(x, truncation, cond)))
-        h = F.relu(self.bn_1(h, truncation, cond))
-        h = self.conv_1(F.interpolate(h, scale_factor=2) if self.up else h)  # nearest
+        h = self.conv_0(F.relu(self.bn_0(x, truncation, cond)))         # (N, n_in / 4, S, S)
+        h = self.conv_1(self.up(F.relu(self.bn_1(h, truncation, cond))))
         h = self.conv_2(F.relu(self.bn_2(h, truncation, cond)))
-        h = self.conv_3(F.relu(self.bn_3(h, truncation, cond)))
-        x = x[:, :self.n_out]  # the first channels; all of them where n_in == n_out
-        return (F.interpolate(x, scale_factor=2) if self.up else x) + h
+        h = self.conv_3(F.relu(self.bn_3(h, truncation, cond)))         # (N, n_out, S', S')
+        return self.up(x[:, :self.n_out]) + h
+
 
 class Attention(nn.Module):
-    """Self-attention (Zhang 2019, section 3) at the resolution of x, keys and values pooled by 2."""
+    """Self-attention (Zhang 2019, sec. 3): each place sums up what all places, pooled by 2, say."""
+
     def __init__(self, channels):
         super().__init__()
         self.snconv1x1_theta = Spectral(channels // 8, channels, 1, 1, bias=False)
@@ -155,557 +216,423 @@ class Attention(nn.Module):
         self.snconv1x1_o_conv = Spectral(channels, channels // 2, 1, 1, bias=False)
         self.gamma = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, truncation=None, cond=None):
-        theta = self.snconv1x1_theta(x).flatten(2)                     # (N, C/8, HW)
-        phi = F.max_pool2d(self.snconv1x1_phi(x), 2).flatten(2)        # (N, C/8, HW/4)
-        g = F.max_pool2d(self.snconv1x1_g(x), 2).flatten(2)            # (N, C/2, HW/4)
-        attention = (theta.transpose(1, 2) @ phi).softmax(2)           # (N, HW, HW/4); no 1/sqrt(d) here: a quirk
-        o = (g @ attention.transpose(1, 2)).unflatten(2, x.shape[2:])  # (N, C/2, H, W)
+    def forward(self, x, truncation, cond):
+        theta = self.snconv1x1_theta(x).flatten(2)                      # (N, C/8, HW)
+        phi = F.max_pool2d(self.snconv1x1_phi(x), 2).flatten(2)         # (N, C/8, HW/4)
+        g = F.max_pool2d(self.snconv1x1_g(x), 2).flatten(2)             # (N, C/2, HW/4)
+        attention = (theta.transpose(1, 2) @ phi).softmax(2)            # (N, HW, HW/4), unscaled
+        o = (g @ attention.transpose(1, 2)).unflatten(2, x.shape[2:])   # (N, C/2, H, W)
         return x + self.gamma * self.snconv1x1_o_conv(o)
 
+
 class Generator(nn.Module):
-    """G(z, classes or embeddings, truncation) -> (N, 3, size, size) in [-1, 1].
-    z (N, z_dim) is already truncated (see truncated_noise); classes (N,) int64 or their embeddings (N,
-    class_embed_dim); 0 < truncation <= 1 chooses the batch-norm statistics only. Names of the parameters are those
-    of the published files (pytorch-pretrained-BigGAN)."""
+    """G(z, classes or embeddings, truncation) -> pictures (N, 3, size, size) in [-1, 1].
+
+    z (N, z_dim), truncated already: truncated_noise(); classes (N,) int64, or their vectors r (N,
+    class_embed_dim); truncation in (0, 1] only chooses the batch-norm statistics. The names in the
+    state_dict are those of the published files (pytorch-pretrained-BigGAN)."""
+
     def __init__(self, config=Config()):
         super().__init__()
-        ch, cond_dim = config.channel_width, config.z_dim + config.class_embed_dim
-        self.config, blocks, at = config, BLOCKS[config.size], config.attention_layer_position
-        layers = [Block(up, n_in * ch, n_out * ch, cond_dim, config) for up, n_in, n_out in blocks]
-        layers.insert(at, Attention(blocks[at][1] * ch))
-        self.embeddings = nn.Linear(config.num_classes, config.class_embed_dim, bias=False)  # W: (embed, classes)
+        self.config = config
+        channels = [config.channel_width * c for c in CHANNELS[config.size]]
+        layers = nn.ModuleList()
+        for n_in, n_out in zip(channels, channels[1:]):
+            if config.size > 32:
+                layers.append(Block(n_in, n_in, False, config))
+            layers.append(Block(n_in, n_out, True, config))
+        at = config.attention_layer_position
+        layers.insert(at, Attention(layers[at].conv_0.weight_orig.shape[1]))
+        last = channels[-1]
+        self.embeddings = nn.Linear(config.num_classes, config.class_embed_dim, bias=False)
         self.generator = nn.ModuleDict({
-            "gen_z": Spectral(4 * 4 * blocks[0][1] * ch, cond_dim),
-            "layers": nn.ModuleList(layers),
-            "bn": BatchNorm(blocks[-1][2] * ch, None, config),
-            "conv_to_rgb": Spectral(blocks[-1][2] * ch, blocks[-1][2] * ch, 3, 3)})
+            "gen_z": Spectral(4 * 4 * channels[0], config.z_dim + config.class_embed_dim),
+            "layers": layers,
+            "bn": BatchNorm(last, config, plain=True),
+            "conv_to_rgb": Spectral(last, last, 3, 3),
+        })
 
     def embed(self, classes):
-        return self.embeddings.weight.T[classes]  # (N,) -> (N, class_embed_dim)
+        """Classes (N,) -> their vectors r (N, class_embed_dim)."""
+        return self.embeddings.weight.T[classes]
 
-    def forward(self, z, classes, truncation=1.0):
-        if not 0 < truncation <= 1:
-            raise ValueError(f"truncation {truncation} is not in (0, 1]")
-        cond = torch.cat([z, classes if classes.is_floating_point() else self.embed(classes)], 1)  # (N, z + embed)
+    def forward(self, z, classes, truncation=1.):
+        r = classes if classes.is_floating_point() else self.embed(classes)
+        cond = torch.cat([z, r], 1)                                     # (N, z_dim + embed_dim)
         net = self.generator
-        # A quirk: the vector is read with its channels last (a TensorFlow heritage), hence the permute.
-        h = net["gen_z"](cond).view(len(z), 4, 4, -1).permute(0, 3, 1, 2)  # (N, 4 * 4 * C) -> (N, C, 4, 4)
+        h = net["gen_z"](cond).view(len(z), 4, 4, -1).permute(0, 3, 1, 2)   # (N, C, 4, 4)
         for layer in net["layers"]:
             h = layer(h, truncation, cond)
-        # Another one: the last layer has as many outputs as inputs, and the first three are the picture.
-        return torch.tanh(net["conv_to_rgb"](F.relu(net["bn"](h, truncation)), out=3))  # (N, 3, size, size)
+        h = F.relu(net["bn"](h, truncation))                            # (N, C, size, size)
+        rgb = net["conv_to_rgb"]                # C -> C, but only the first three are the picture
+        return torch.tanh(F.conv2d(h, rgb.weight()[:3], rgb.bias[:3], padding=1))
+
+
+def truncated_noise(n, z_dim, truncation=1., seed=0):
+    """z (n, z_dim): truncation times N(0, 1) conditioned on [-2, 2]; on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return truncation * nn.init.trunc_normal_(torch.empty(n, z_dim), generator=generator)
+
+
+def pixels(x):
+    """[-1, 1] -> uint8 as the published code does it: (x + 1) / 2 * 256, clipped and cut off."""
+    return ((x.float() + 1) / 2 * 256).clamp(0, 255).byte()
+
 
 @torch.no_grad()
-def fold(net, iterations=0):
-    """Divide every spectrally normalised weight by its sigma, once and for all; same output, no division a call.
-    iterations: power iterations before, for weights that u and v do not belong to."""
-    net.eval()
-    for layer in net.modules():
-        if isinstance(layer, Spectral):
-            layer.power_iteration(iterations)
-            layer.weight_orig.copy_(layer.weight())
-            layer.folded = True
-    return net
+def sample(G, z, y, truncation=1., by=100):
+    """Noise (n, z_dim), classes or vectors y (n, ...) -> pictures uint8 (n, 3, S, S) on the CPU.
 
-def truncated_noise(n, z_dim, truncation=1.0, seed=0):
-    """truncation * N(0, 1) conditioned on [-2, 2], (n, z_dim) float32, by the inverse of the cumulative distribution:
-    u ~ U(0, 1), Phi(z) = Phi(-2) + u (Phi(2) - Phi(-2)). Exact, and the same on every device."""
-    u = torch.rand(n, z_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    low, high = torch.special.ndtr(torch.tensor([-2.0, 2.0], dtype=torch.float64))
-    return truncation * torch.special.ndtri(low + u * (high - low)).float()
+    by: pictures at a time; 1 where bits count, which in a batch depend on the neighbours."""
+    parts = zip(z.split(by), y.split(by))
+    return torch.cat([pixels(G(a, b, truncation)).cpu() for a, b in parts])
 
 
-# ---- the published weights -----------------------------------------------------------------------------------------
+# ---- the published weights -----------------------------------------------------------------------
 
 S3 = "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-{}-pytorch_model.bin"
-MIRRORS = {128: [("https://huggingface.co/osanseviero/BigGAN-deep-128/resolve/main/pytorch_model.bin",
-                  "b86146a8cfcde4cda135adba4b2806f78b3abe2dac9d0fd090cc3ab318604ad9")]}  # (url, sha256)
-MEGABYTES = {128: 201, 256: 224, 512: 225}
+MIRROR = "https://huggingface.co/osanseviero/BigGAN-deep-{}/resolve/main/pytorch_model.bin"    # 128
 
-def fetch_published(size):
-    """Path of the published state dict, from disk or the network; data.Unavailable says what to put where."""
-    name, words = S3.format(size).split("/")[-1], f"{MEGABYTES[size]} MiB"
-    try:
-        return data.fetch(name, [S3.format(size)], size=words)
-    except data.Unavailable:
-        for url, sha256 in MIRRORS.get(size, []):
-            with contextlib.suppress(data.Unavailable):
-                return data.fetch(name, [url], sha256, words)
-        raise
 
 def load_published(path, config=Config()):
-    """Generator from a published state dict, spectral norms folded. UserError names the first key that does not fit."""
-    try:
-        state = data.load_checkpoint(path)
-    except UserError:
-        raise UserError(f"{path} is cut off or no state dict; delete it and run again, or take --model small") from None
-    with torch.device("meta"):                                            # shapes only: the file brings the numbers
+    """A published file -> Generator in eval mode, folded. UserError names a key that is wrong."""
+    state = data.load_checkpoint(path)
+    with torch.device("meta"):                          # shapes only: the file brings the numbers
         G = Generator(config)
-    wanted, wrong = G.state_dict(), f"{path} is not BigGAN-deep-{config.size}:"
-    for key, w in wanted.items():
-        if key not in state:
-            raise UserError(f"{wrong} key {key} is missing")
-        if (shape := getattr(state[key], "shape", ())) != w.shape:
-            raise UserError(f"{wrong} {key} has shape {list(shape)}, not {list(w.shape)}")
-    if extra := sorted(map(str, state.keys() - wanted.keys())):
-        raise UserError(f"{wrong} it has an extra key {extra[0]}")
-    G.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)      # without a second copy of 200 MB
+    for key, wanted in G.state_dict().items():
+        found = getattr(state.get(key), "shape", "missing")
+        need(found == wanted.shape, f"{path} is not BigGAN-deep-{config.size}: {key} is {found}, "
+             f"not {wanted.shape}; delete it")
+    G.load_state_dict(state, strict=False, assign=True)
     return fold(G.requires_grad_(False))
 
 
-# ---- the small BigGAN: 132 classes of drawn faces ------------------------------------------------------------------
+# ---- the small BigGAN: its D and losses ----------------------------------------------------------
 
-SMALL = Config(size=32, z_dim=32, class_embed_dim=64, channel_width=16, num_classes=132, attention_layer_position=2)
-BATCH, LR, BETAS, EMA = 64, 1e-3, (0.0, 0.99), 0.999
+class ProjectionD(nn.Module):
+    """D(x, y) = psi(phi(x)) + v_y . phi(x), Miyato & Koyama 2018 eq. 4: logits (N,).
 
-class Discriminator(nn.Module):
-    """Projection discriminator (Miyato & Koyama 2018, eq. 4): D(x, y) = v_y . phi(x) + psi(phi(x)), a logit (N,).
-    x (N, 3, 32, 32) in [-1, 1], y (N,) int64. Every layer is spectrally normalised, v_y included; no batch norm."""
-    def __init__(self, classes, h=32):
+    x (N, 3, 32, 32) in [-1, 1], y (N,) int64: is it real, and is it of class y?"""
+
+    def __init__(self, classes):
         super().__init__()
-        self.phi = nn.Sequential(Spectral(h, 3, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.1),          # 32 -> 16
-                                 Spectral(2 * h, h, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.1),      # 16 -> 8
-                                 Spectral(4 * h, 2 * h, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.1))  # 8 -> 4
-        self.psi, self.v = Spectral(1, 4 * h), Spectral(classes, 4 * h, bias=False)
+        self.phi = nn.Sequential(
+            nn.Conv2d(3, 32, 4, 2, 1),                                  # 32 -> 16
+            nn.LeakyReLU(.2),
+            nn.Conv2d(32, 64, 4, 2, 1),                                 # 8
+            nn.LeakyReLU(.2),
+            nn.Conv2d(64, 128, 4, 2, 1),                                # 4
+            nn.LeakyReLU(.2),
+            nn.Flatten(),
+            nn.Linear(128 * 4 * 4, 128),
+            nn.LeakyReLU(.2),
+        )
+        self.psi = nn.Linear(128, 1)
+        self.v = nn.Embedding(classes, 128)
 
     def forward(self, x, y):
-        h = self.phi(x).sum((2, 3))                                       # (N, 3, 32, 32) -> (N, 4h)
-        return self.psi(h)[:, 0] + (self.v.weight()[y] * h).sum(1)
+        h = self.phi(x)                                                 # (N, 128)
+        return self.psi(h).float()[:, 0] + (self.v(y) * h).sum(1)
 
-def d_loss(real, fake):
-    """Hinge loss (Lim & Ye 2017): E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))); 2 at D = 0."""
+
+def d_hinge(real, fake):
+    """E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))), Lim & Ye 2017; 2 at D = 0."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
-def g_loss(fake):
+
+def g_hinge(fake):
     """-E D(G(z))."""
     return -fake.mean()
 
-@torch.no_grad()
-def fill_statistics(G, rows=None, per_class=2):
-    """Fill the batch-norm tables of a folded G: run it at each truncation and note every layer's mean and variance.
-    The tables of the published files came about in the same way. rows: only these rows; the last is truncation 1."""
-    norms = [m for m in G.train().modules() if isinstance(m, BatchNorm)]
-    y = torch.arange(G.config.num_classes, device=norms[0].running_vars.device).repeat(per_class)
-    for row in range(G.config.n_stats) if rows is None else rows:
-        def note(norm, inputs):
-            norm.running_vars[row], norm.running_means[row] = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
-        hooks = [m.register_forward_pre_hook(note) for m in norms]
-        G(truncated_noise(len(y), G.config.z_dim, row / (G.config.n_stats - 1), seed=row).to(y.device), y)
-        for hook in hooks:
-            hook.remove()
-    return G.eval()
 
-def sampler(G_ema, rows=None):
-    """The network that samples are drawn from: a copy of the averaged G, folded, with statistics of its own weights."""
-    return fill_statistics(fold(copy.deepcopy(G_ema), 50), rows)          # u and v of the average are not averages
+def r1_penalty(D, x, y):
+    """R1 = 1/2 E |grad_x D(x, y)|_2^2, Mescheder 2018 eq. 9. Its weight is called gamma."""
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
+    return (grad.flatten(1) ** 2).sum(1).mean() / 2
 
-def pixels(x):
-    """[-1, 1] -> uint8 as the published code does: (x + 1) / 2 * 256, clipped and cut, where 127.5 would be rounded."""
-    return (x.float() + 1).mul(128).clamp(0, 255).byte()
 
 @torch.no_grad()
-def sample(G, z, y, truncation=1.0, by=100):
-    """Images uint8 (n, 3, H, W) on the CPU for z (n or 1, z_dim) and classes or embeddings y (n or 1, ...), `by` at a
-    time: 1 where every bit counts, since in a batch the last bits of a picture can depend on its neighbours."""
-    n = max(len(z), len(y))
-    z, y = z.expand(n, -1).split(by), y.expand(n, *y.shape[1:]).split(by)
-    return torch.cat([pixels(G(a, b, truncation)).cpu() for a, b in zip(z, y)])
+def average(G_ema, G, decay):
+    """theta_ema <- decay theta_ema + (1 - decay) theta; of u and v too."""
+    for p, q in zip(G_ema.state_dict().values(), G.state_dict().values()):
+        p.lerp_(q, 1 - decay)
 
-def train(cfg, images, labels, out, checkpoint, device):
-    """Train the small BigGAN on uint8 images (N, 3, 32, 32) and labels (N,), both on the device; goes on from the file
-    `checkpoint` if it is there. Writes grids and log.csv to out. Returns (averaged G, ready to sample from; log)."""
+
+@torch.no_grad()
+def sampler(G_ema):
+    """The network that draws: a folded copy, its tables filled with statistics of its own."""
+    G = copy.deepcopy(G_ema).train()
+    y = torch.arange(G.config.num_classes, device=G.embeddings.weight.device)
+    rows = torch.linspace(1e-6, 1, G.config.n_stats).tolist()
+    for truncation in rows + rows:              # twice: at first u and v still turn to their places
+        z = truncated_noise(len(y), G.config.z_dim, truncation).to(y.device)
+        G(z, y, truncation)
+    return fold(G.requires_grad_(False))
+
+
+# ---- the small BigGAN: its game ------------------------------------------------------------------
+
+def train(cfg, images, labels, out, device):
+    """The whole game, from out/last.pt if there is one. Returns (G that draws, D, log).
+
+    images uint8 (n, 3, 32, 32), labels (n,), on the device; writes grids, log.csv and last.pt."""
     torch.manual_seed(cfg.seed)
-    G, D = Generator(SMALL).to(device), Discriminator(SMALL.num_classes).to(device)
-    for layer in [*G.modules(), *D.modules()]:
-        if isinstance(layer, Spectral):
-            nn.init.orthogonal_(layer.weight_orig)                        # Brock 2019, section 3
-            layer.power_iteration(5)
-    nn.init.normal_(G.embeddings.weight, std=0.02)                        # classes start together and part in training
-    G_ema = copy.deepcopy(G).requires_grad_(False)
-    opt_G, opt_D = (torch.optim.Adam(net.parameters(), LR, BETAS, fused=True) for net in (G, D))
-    parts, start = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D), 0
-    if checkpoint.exists():
-        state = data.load_checkpoint(checkpoint, device)
-        for k, part in parts.items():
-            part.load_state_dict(state[k])
-        data.set_rng_state(state["rng"])
-        start = state["step"]
-    log, stop = data.Log(out, cfg.steps, start), data.interrupts()
-    grid_y = torch.arange(0, 132, 2, device=device)
-    grid_z = truncated_noise(len(grid_y), SMALL.z_dim, seed=cfg.seed).to(device)
-    mark, marked = time.monotonic(), start
+    G = Generator(SMALL).to(device)
+    D = ProjectionD(SMALL.num_classes).to(device)
+    G_ema = copy.deepcopy(G)
+    opt_G, opt_D = [torch.optim.Adam(net.parameters(), LR, (0., .99), fused=True)
+                    for net in (G, D)]
+    fixed_y = torch.arange(SMALL.num_classes, device=device)            # a row a hair colour
+    fixed_z = truncated_noise(len(fixed_y), SMALL.z_dim).to(device)
+    parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D)
+    start = data.restore(parts, out / "last.pt", cfg, FREE, device)
+    log = data.Log(out, cfg.steps, start)
+    amp = data.autocast(cfg.amp, device)
 
     for step in range(start + 1, cfg.steps + 1):
-        for opt in (opt_G, opt_D):                                        # constant, then linearly to 0
-            opt.param_groups[0]["lr"] = LR * min(1.0, 2 * (1 - (step - 1) / cfg.steps))
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # what a step draws depends on nothing else:
+        for opt in (opt_G, opt_D):                      # a resumed run is the uninterrupted one
+            opt.param_groups[0]["lr"] = LR * min(1., 2 - 2 * (step - 1) / cfg.steps)
 
         # ---- D: raise D(x, y), lower D(G(z, y), y) ----
         i = torch.randint(len(images), (BATCH,), device=device)
-        x, y = to_float(images[i]), labels[i]                             # (N, 3, 32, 32), (N,)
+        x, y = to_float(images[i]), labels[i]                           # (N, 3, 32, 32), (N,)
+        z = torch.randn(BATCH, SMALL.z_dim, device=device)              # (N, z_dim)
         y_fake = torch.randint(SMALL.num_classes, (BATCH,), device=device)
-        x_fake = G(torch.randn(BATCH, SMALL.z_dim, device=device), y_fake)
-        real, fake = D(torch.cat([x, x_fake.detach()]), torch.cat([y, y_fake])).split(BATCH)  # detach: D's loss must
-        loss_D = d_loss(real, fake)                                       # not reach into G; one pass: D has no BN
+        with amp:
+            x_fake = G(z, y_fake)                                       # (N, 3, 32, 32)
+            real = D(x, y)
+            fake = D(x_fake.detach(), y_fake)           # detach: D's loss must not reach into G
+        loss_D = d_hinge(real, fake)
+        if step % 4 == 0:                        # lazily: Karras 2020, appendix B
+            loss_D += 4 * R1 * r1_penalty(D, x, y)
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
 
-        # ---- G: raise D(G(z, y), y), on the same fakes, against the D just improved ----
-        D.requires_grad_(False)                                           # D's own gradients are not needed here
-        loss_G = g_loss(D(x_fake, y_fake))
+        # ---- G: raise D(G(z, y), y) on the same fakes, against the D just improved ----
+        D.requires_grad_(False)                         # D's own gradients are not needed here
+        with amp:
+            after = D(x_fake, y_fake)
+        loss_G = g_hinge(after)
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
         D.requires_grad_(True)
-        with torch.no_grad():                                             # theta_ema <- EMA theta_ema + (1 - EMA) theta
-            torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - min(EMA, step / (step + 10)))
+        average(G_ema, G, min(EMA, step / (step + 10)))     # forgets the first weights sooner
 
-        if step % cfg.log_every == 0 or step in (1, cfg.steps):           # the only place that waits for the device
-            row = {"D": loss_D, "G": loss_G, "D(x)": real.mean(), "D(G(z))": fake.mean(),
-                   "|r|": G.embeddings.weight.norm(dim=0).mean()}
-            row = dict(zip(row, torch.stack([v.detach() for v in row.values()]).tolist()))
-            if not np.isfinite(list(row.values())).all():
-                raise UserError(f"a loss is not finite at step {step}; the last good checkpoint is {checkpoint}; "
-                                "try another --seed")
-            log.write(step, (step - marked) * BATCH / (time.monotonic() - mark), **row)
-            mark, marked = time.monotonic(), step
-        if stop or step == cfg.steps or step % cfg.sample_every == 0:
-            data.save(data.grid(sample(sampler(G_ema, [SMALL.n_stats - 1]), grid_z, grid_y), 11), out / f"{step:06d}.png")
-            data.save_checkpoint(checkpoint, dict({k: v.state_dict() for k, v in parts.items()}, step=step,
-                                                  rng=data.rng_state()))
-            mark, marked = time.monotonic(), step
-            if stop:
-                print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
-                raise KeyboardInterrupt
-    data.plain_signals()
-    return sampler(G_ema), log
-
-def small(cfg, out, device):
-    """The small BigGAN of cfg.seed from downloads/, or trained now and kept there. Returns (G, log or None, its record)."""
-    path = data.DOWNLOADS / f"biggan-small-{cfg.steps}-{cfg.seed}.pt"
-    if cfg.steps == 0:
-        trained = list(data.DOWNLOADS.glob(f"biggan-small-*-{cfg.seed}.pt"))
-        if not trained:
-            raise UserError(f"no small BigGAN of seed {cfg.seed} in {data.DOWNLOADS}: train one, without --steps 0")
-        path = max(trained, key=lambda p: int(p.stem.split("-")[2]))
-    log, checkpoint = None, path.with_name(f"{path.stem}-last.pt")
-    if not path.exists():
-        _, images, labels, _ = data.choose("faces-a", SMALL.size)
-        G, log = train(cfg, images.to(device), labels.to(device), out, checkpoint, device)
-        data.save_checkpoint(path, dict(config=dataclasses.asdict(SMALL), G=G.state_dict(), steps=cfg.steps, seconds=log.seconds))
-        checkpoint.unlink(missing_ok=True)
-    state = data.load_checkpoint(path, device)
-    try:
-        G = Generator(Config(**state["config"])).to(device)
-        G.load_state_dict(state["G"])
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise UserError(f"{path} is no small BigGAN ({str(e).splitlines()[0]}); delete it and run again") from None
-    return fold(G.requires_grad_(False)), log, {k: state.get(k, 0) for k in ("steps", "seconds")}
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):     # only this waits for the GPU
+            row = {"D": loss_D, "G": loss_G, "D(x)": real.mean(), "D(G(z)) before": fake.mean(),
+                   "D(G(z)) after": after.mean()}
+            log.write(step, BATCH, **row)
+        if step % cfg.sample_every == 0 or step == cfg.steps:
+            x = sample(sampler(G_ema), fixed_z, fixed_y)
+            data.save(data.grid(x, len(EYES)), out / f"{step:06d}.png")
+            data.save_checkpoint(out / "last.pt", parts, step, cfg)
+    return sampler(G_ema), D, log
 
 
-# ---- t-SNE (van der Maaten & Hinton 2008) --------------------------------------------------------------------------
+# ---- t-SNE, van der Maaten & Hinton 2008 ---------------------------------------------------------
 
 def conditional(x, perplexity):
-    """p_{j|i} = exp(-beta_i |x_i - x_j|^2) / sum_k (eq. 1, beta = 1 / 2 sigma^2), (n, d) -> (n, n) float64, diagonal 0.
-    beta_i by bisection, all rows at once, until row i's perplexity 2^H = exp(H in nats) is the wanted one (sec. 2)."""
-    n, x = len(x), x.double()
-    if not 1 < perplexity < n - 1:
-        raise ValueError(f"perplexity {perplexity} is not between 1 and n - 1 = {n - 1}")
-    others = ~torch.eye(n, dtype=torch.bool, device=x.device)
-    d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()[others].view(n, n - 1)
-    d2 = d2 - d2.amin(1, keepdim=True)                                    # the same p, and no underflow of all of them
+    """p_{j|i} = exp(-beta_i |x_i - x_j|^2) / sum_k, eq. 1: points (n, d) -> (n, n) float64.
+
+    beta_i = 1 / (2 sigma_i^2) by bisection of its logarithm, all rows at once, until row i counts
+    as many neighbours as asked: perplexity = exp(entropy of row i), sec. 2; it is below n - 1."""
+    d2 = torch.cdist(x.double(), x.double()) ** 2
     d2 = d2 / d2.mean(1, keepdim=True).clamp(min=1e-300)
-    low, high = (torch.full_like(d2[:, :1], v) for v in (-20.0, 20.0))    # bounds of ln beta, (n, 1)
-    for _ in range(50):                                                   # leaves 40 / 2^50
-        middle = (low + high) / 2
-        e = (-middle.exp() * d2).exp()
-        total = e.sum(1, keepdim=True)
-        H = total.log() + middle.exp() * (e * d2).sum(1, keepdim=True) / total    # entropy: falls as beta grows
-        flat = H > math.log(perplexity)
-        low, high = torch.where(flat, middle, low), torch.where(flat, high, middle)
-    p = torch.zeros(n, n, dtype=x.dtype, device=x.device)
-    p[others] = (e / total).flatten()
+    d2.fill_diagonal_(math.inf)                                         # p_{i|i} = 0
+    log_beta, step = torch.zeros_like(d2[:, :1]), 20.
+    for _ in range(50):
+        p = F.softmax(-log_beta.exp() * d2, 1)
+        entropy = torch.special.entr(p).sum(1, keepdim=True)            # -sum p ln p, (n, 1)
+        step /= 2
+        log_beta = log_beta + torch.where(entropy > math.log(perplexity), step, -step)
     return p
 
-def affinities(x, perplexity=30.0):
-    """P (n, n), sums to 1: p_ij = (p_{j|i} + p_{i|j}) / 2n (section 3.1)."""
+
+def affinities(x, perplexity):
+    """p_ij = (p_{j|i} + p_{i|j}) / 2n, sec. 3.1: (n, d) -> (n, n), sums to 1."""
     p = conditional(x, perplexity)
     return (p + p.T) / (2 * len(p))
 
+
 def student(y):
-    """w_ij = 1 / (1 + |y_i - y_j|^2), (n, 2) -> (n, n), diagonal 0; q_ij = w_ij / sum w (eq. 4)."""
-    s = y.square().sum(1)
-    return torch.addmm(s[:, None] + 1, y, y.T, alpha=-2).add_(s).clamp_(min=1).fill_diagonal_(math.inf).reciprocal()
+    """w_ij = 1 / (1 + |y_i - y_j|^2), w_ii 0: map (n, 2) -> (n, n); q_ij = w_ij / sum w (eq. 4)."""
+    return (1 / (1 + torch.cdist(y, y) ** 2)).fill_diagonal_(0.)
+
 
 def kl(P, y):
-    """C = KL(P || Q) = sum p_ij log p_ij / q_ij (section 3)."""
+    """C = KL(P || Q) = sum p_ij log(p_ij / q_ij), sec. 3."""
     w = student(y)
     q = w / w.sum()
-    return torch.where(P > 0, P * (P.clamp(min=1e-300) / q.clamp(min=1e-300)).log(), 0.0).sum()
+    return (torch.xlogy(P, P) - torch.xlogy(P, q)).sum()                # 0 log 0 = 0
+
 
 def kl_gradient(P, y):
-    """dC/dy_i = 4 sum_j (p_ij - q_ij) w_ij (y_i - y_j) (eq. 5), (n, 2)."""
+    """dC/dy_i = 4 sum_j (p_ij - q_ij) w_ij (y_i - y_j), eq. 5: (n, 2)."""
     w = student(y)
-    f = torch.addcdiv(P, w, w.sum(), value=-1).mul_(w)                    # (p - q) w
+    f = (P - w / w.sum()) * w                                           # (n, n)
     return 4 * (f.sum(1, keepdim=True) * y - f @ y)
 
+
 @torch.no_grad()
-def tsne(x, perplexity=30.0, seed=0, steps=1000):
-    """Map points (n, d) to the plane, neighbours to neighbours -> (n, 2) float64; the same seed, the same map.
-    Section 3.4: start from N(0, 1e-4 I), momentum 0.5 then 0.8, gains of Jacobs (1988). Early exaggeration 12 for 250
-    steps (van der Maaten 2014) where the paper has 4 for 50. Exact: n^2 work and memory a step."""
+def tsne(x, perplexity=30., seed=0, steps=1000):
+    """Points (n, d) -> a map (n, 2) float64 that keeps neighbours; the same seed, the same map.
+
+    Sec. 3.4: from N(0, 1e-4 I), momentum .5, later .8, a gain a number (Jacobs 1988). At first P is
+    exaggerated 12 times, so that clusters form (van der Maaten 2014; 4 times in 2008). Exact: n^2
+    work and memory a step."""
     P = affinities(x, perplexity)
-    y = 1e-2 * torch.randn(len(x), 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(P.device)
-    lr, velocity, gain = max(len(x) / 5, 50.0), torch.zeros_like(y), torch.ones_like(y)
+    generator = torch.Generator().manual_seed(seed)
+    y = 1e-2 * torch.randn(len(x), 2, generator=generator, dtype=torch.float64).to(P.device)
+    rate = max(len(x) / 5, 50)
+    velocity = torch.zeros_like(y)
+    gain = torch.ones_like(y)
     for step in range(steps):
-        early = step < 250
-        gradient = kl_gradient(12 * P if early else P, y)
-        gain = torch.where(gradient * velocity < 0, gain + 0.2, gain * 0.8).clamp_(min=0.01)
-        velocity = (0.5 if early else 0.8) * velocity - lr * gain * gradient
+        exaggeration, momentum = 1, .8
+        if step < 250:
+            exaggeration, momentum = 12, .5
+        gradient = kl_gradient(exaggeration * P, y)
+        uphill = gradient * velocity > 0                                # so was the last move
+        gain = torch.where(uphill, gain * .8, gain + .2).clamp(min=.01)
+        velocity = momentum * velocity - rate * gain * gradient
         y = y + velocity
-    return y - y.mean(0)
+    return y
 
 
-# ---- classes and their names ---------------------------------------------------------------------------------------
+# ---- classes and walks ---------------------------------------------------------------------------
 
-NAMES_URL = "https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/master/imagenet-simple-labels.json"
-COURSE = {282: "tiger cat", 283: "Persian cat", 181: "Bedlington terrier", 184: "Irish terrier", 837: "sunglasses",
-          1: "goldfish", 826: "stopwatch", 2: "great white shark"}
-PAIRS = [(282, 283), (181, 184), (837, 1), (826, 2)]                      # says the course: two good ones, two bad ones
-FACE_PAIRS = [("blue hair green eyes", "aqua hair green eyes"), ("red hair blue eyes", "red hair yellow eyes"),
-              ("black hair red eyes", "white hair aqua eyes"), ("blonde hair purple eyes", "green hair brown eyes")]
-GROUPS = [(0, "fish"), (7, "bird"), (25, "reptile, frog"), (69, "insect, spider"), (80, "bird"), (101, "other mammal"),
-          (107, "sea animal"), (127, "bird"), (147, "other mammal"), (151, "dog"), (269, "wolf, cat, bear"),
-          (298, "other mammal"), (300, "insect, spider"), (327, "sea animal"), (330, "other mammal"), (389, "fish"),
-          (398, "artefact"), (924, "food, plant"), (970, "landscape"), (981, "artefact"), (984, "food, plant"),
-          (999, "artefact")]                                              # first ImageNet class of each stretch
+COURSE = {282: "tiger cat", 283: "Persian cat", 181: "Bedlington terrier", 184: "Irish terrier",
+          837: "sunglasses", 1: "goldfish", 826: "stopwatch", 2: "great white shark"}
+PAIRS = {"good": [(282, 283), (181, 184)], "bad": [(837, 1), (826, 2)]}     # says the course
+
 
 def imagenet_names():
-    """1000 names; without the list, the course's eight and numbers. A name that stands twice gets its index."""
+    """1000 names; where the list cannot be had, the course's eight and numbers."""
     try:
-        names = json.loads(data.fetch("imagenet-simple-labels.json", [NAMES_URL]).read_text())
-        if len(names) != 1000 or not all(isinstance(n, str) for n in names):
-            raise ValueError
-    except data.Unavailable:
-        print("names    the list of ImageNet names cannot be had: eight names and numbers instead")
+        names = json.loads(data.fetch("imagenet-simple-labels.json", [
+            "https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/"
+            "master/imagenet-simple-labels.json"]).read_text())
+    except (data.Unavailable, ValueError):
         names = [f"class {i}" for i in range(1000)]
-    except (ValueError, TypeError):
-        raise UserError(f"{data.find('imagenet-simple-labels.json')} is no list of 1000 names; delete it") from None
-    names = [COURSE.get(i, n) for i, n in enumerate(names)]
-    return [f"{n} ({i})" if i not in COURSE and names.count(n) > 1 else n for i, n in enumerate(names)]
+    return [COURSE.get(i, name) for i, name in enumerate(names)]
 
-def class_index(word, names):
-    """Index of a class given by index, by name or by a part of one name only. UserError lists the near names."""
-    word = str(word).strip().lower()
-    if word.isdigit() and int(word) < len(names):
-        return int(word)
-    low = [n.lower() for n in names]
-    hits = [i for i, n in enumerate(low) if n == word] or [i for i, n in enumerate(low) if word and word in n]
-    if len(hits) == 1:
-        return hits[0]
-    near = hits[:8] or [low.index(n) for n in difflib.get_close_matches(word, low, 8, 0.5)]
-    near = f"; near: {', '.join(f'{names[i]} [{i}]' for i in near)}" if near else ""
-    raise UserError(f"class {word!r} is {'ambiguous' if hits else 'unknown'}{near}; give a name or an index from 0 to "
-                    f"{len(names) - 1}")
-
-
-# ---- walks ---------------------------------------------------------------------------------------------------------
 
 def between(r1, r2, alphas):
-    """r = alpha r1 + (1 - alpha) r2: (d,), (d,) -> (len(alphas), d). Exactly r1 at alpha = 1, r2 at 0."""
-    alphas = torch.as_tensor(alphas, dtype=r1.dtype, device=r1.device)[:, None]
+    """alpha r1 + (1 - alpha) r2: vectors (d,), (d,) and k alphas -> (k, d). As the course has it,
+    alpha = 1 is r1; in gan.py's between(z1, z2, t) it is t = 0 that is z1."""
+    alphas = torch.as_tensor(alphas).to(r1)[:, None]                    # (k, 1)
     return alphas * r1 + (1 - alphas) * r2
 
-def smoothness(x, features=None):
-    """A row uint8 (k, 3, H, W) -> [mean step in pixels (0..255), largest / mean step, mean step of the features]."""
-    steps = x.float().diff(dim=0).abs().mean((1, 2, 3))
-    out = [steps.mean().item(), (steps.max() / steps.mean().clamp(min=1e-9)).item()]
-    return out + ([features(x).diff(dim=0).norm(dim=1).mean().item()] if features else [])
 
-def cosine_distances(r):
-    """(n, d) -> (n, n): 1 - cos of the angle between two embeddings."""
-    r = F.normalize(r.double(), dim=1)
-    return 1 - r @ r.T
-
-def extreme_pairs(distance, count, farthest=False):
-    """The `count` nearest (or farthest) pairs i < j, every class in at most one pair, for the sake of variety."""
-    i, j, out = *torch.triu_indices(*distance.shape, 1), []
-    for k in distance[i, j].argsort(descending=farthest).tolist():
-        pair = i[k].item(), j[k].item()
-        if not set(pair) & set(sum(out, ())):
-            out.append(pair)
-        if len(out) == count:
-            break
-    return out
-
-def spearman(a, b):
-    """Rank correlation of two lists in [-1, 1]; 0 where one of them is constant."""
-    rank = lambda v: torch.tensor(v, dtype=torch.float64).argsort().argsort().double()
-    return torch.nan_to_num(torch.corrcoef(torch.stack([rank(a), rank(b)]))[0, 1]).item()
+def extreme_pairs(r, farthest=False):
+    """The four nearest (or farthest) pairs i < j of vectors (n, d)."""
+    i, j = torch.triu_indices(len(r), len(r), 1)
+    order = torch.cdist(r, r)[i, j].argsort(descending=farthest)[:4]
+    return list(zip(i[order].tolist(), j[order].tolist()))
 
 
-# ---- pictures and numbers ------------------------------------------------------------------------------------------
-
-ALPHAS = [1 - k / 10 for k in range(11)]                                  # from class 1 to class 2
-
-def walks(G, pairs, z, truncation, alphas=ALPHAS):
-    """A row uint8 (len(alphas), 3, H, W) for each pair of classes (i, j), from i to j, all at one z (1, z_dim)."""
-    return [sample(G, z, between(G.embed(i), G.embed(j), alphas), truncation, 1) for i, j in pairs]
-
-def noise_sheets(G, classes, names, truncation, seed, out):
-    """The other directions, one row a class: noise.png, alpha z1 + (1 - alpha) z2 at fixed class; truncation.png, one
-    noise vector multiplied by a growing truncation: from the mean picture of a class to its variety."""
-    z12, z = (truncated_noise(n, G.config.z_dim, t, seed).to(G.embeddings.weight.device)
-              for n, t in ((2, truncation), (1, 1.0)))
-    left, r, strip = [names[i] for i in classes], [G.embed(i)[None] for i in classes], [k / 10 for k in range(1, 11)]
-    data.sheet([sample(G, between(*z12, ALPHAS), c, truncation, 1) for c in r], out / "noise.png", left,
-               [f"{a:.1f}" for a in ALPHAS], f"alpha z1 + (1 - alpha) z2 at fixed class, truncation {truncation:g}")
-    data.sheet([torch.cat([sample(G, t * z, c, t, 1) for t in strip]) for c in r], out / "truncation.png", left,
-               [f"{t:.1f}" for t in strip], "truncation of one noise vector")
-
-def map_sheet(G, groups, group_names, colours, words, links, perplexity, seed, path):
-    """t-SNE of the class embeddings. Returns the KL divergence and how often the nearest point is of the same group."""
-    r, start = G.embeddings.weight.T.float().cpu(), time.monotonic()
-    y = tsne(r, perplexity, seed)
-    divergence, seconds = kl(affinities(r, perplexity), y).item(), time.monotonic() - start
-    same = (groups[torch.cdist(y, y).fill_diagonal_(math.inf).argmin(1)] == groups).double().mean().item()
-    data.scatter(path, y.numpy(), groups.tolist(), group_names, words, links, f"t-SNE of {len(r)} class embeddings: "
-                 f"perplexity {perplexity:g}, KL {divergence:.3f}", colours)
-    print(f"t-SNE    {len(r)} x {r.shape[1]} in {seconds:.1f} s, KL {divergence:.3f}; nearest point of the same group: "
-          f"{100 * same:.0f}%")
-    return {"t-SNE KL": divergence, "same group": same}
-
-def imagenet_group(i):
-    """Name of the group that ImageNet class i belongs to."""
-    return next(name for first, name in reversed(GROUPS) if i >= first)
-
-def attribute_metrics(G, net, device, per_class=20, seed=1):
-    """Share of samples whose hair and eyes the classifier sees as asked, and FID, at truncation 1."""
-    y = torch.arange(132, device=device).repeat(per_class)
-    x = sample(G, truncated_noise(len(y), G.config.z_dim, 1.0, seed).to(device), y)
-    hair, eyes = ((a == b).double().mean().item() for a, b in zip(net.attributes(x), (y.cpu() // 11, y.cpu() % 11)))
-    score = fid.score(net, data.load("faces-a", 32)[0], x, data.load("faces-a", 32, "test")[0])
-    print(f"hair     {100 * hair:.1f}% as asked, eyes {100 * eyes:.1f}% (n = {len(x)}; the classifier on real test "
-          f"images: {' / '.join(f'{100 * a:.1f}%' for a in net.accuracy)}); precision {score['precision']:.2f}, "
-          f"recall {score['recall']:.2f}")
-    return {"hair accuracy": hair, "eyes accuracy": eyes, **score}
-
-def pairs_report(cfg, G, names, asked, net, out, device):
-    """Walks of the asked, nearest and farthest pairs as two sheets and a table. Returns, over 24 random pairs, the rank
-    correlation of the cosine distance with each measure of smoothness: are near classes better to walk between?"""
-    z, features = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device), net and net.features
-    distance = cosine_distances(G.embeddings.weight.T.cpu())
-    near, far = extreme_pairs(distance, 4), extreme_pairs(distance, 4, farthest=True)
-    text = f"r = alpha r1 + (1 - alpha) r2 at fixed z, truncation {cfg.truncation:g}"
-    head = "pair | cosine distance | mean step (pixels, 0..255) | largest / mean"
-    head += f" | {net.name} step" if net else ""
-    print(f"\n| {head} |\n" + "|---" * (5 if net else 4) + "|")
-    for file, title, kinds in (("interpolation", text, {"asked": asked}),
-                               ("pairs", f"near and far pairs; {text}", {"near": near, "far": far})):
-        pairs = [(i, j, kind) for kind, some in kinds.items() for i, j in some]
-        rows = walks(G, [p[:2] for p in pairs], z, cfg.truncation)
-        data.sheet(rows, out / f"{file}.png", [f"{names[i]} > {names[j]}" for i, j, _ in pairs],
-                   [f"{a:.1f}" for a in ALPHAS], title)
-        for (i, j, kind), x in zip(pairs, rows):
-            print(f"| {kind}: {names[i]} > {names[j]} | {distance[i, j]:.3f} | " +
-                  " | ".join(f"{v:.2f}" for v in smoothness(x, features)) + " |")
-    rng = np.random.RandomState(cfg.seed)
-    pairs = [tuple(rng.choice(len(distance), 2, replace=False)) for _ in range(24)]
-    measured = zip(*[smoothness(x, features) for x in walks(G, pairs, z, cfg.truncation, ALPHAS[::2])])
-    c = {k: spearman([distance[p].item() for p in pairs], v)
-         for k, v in zip(("pixel step", "unevenness", "feature step"), measured)}
-    print("\nnear     are near classes better to walk between? Rank correlation with the distance, 24 random pairs: " +
-          ", ".join(f"{k} {v:+.2f}" for k, v in c.items()))
-    return {f"distance ~ {k}": v for k, v in c.items()}
-
-def evaluate(cfg, G, kind, names, pairs, log, trained, out, device):
-    """All pictures, the table of pairs, result.json; its headline is the last line printed."""
-    asked = list(dict.fromkeys(i for pair in pairs for i in pair))
-    if kind == "small":
-        net, groups, group_names = fid.classifier("faces-a", 32, device), torch.arange(132) // 11, data.HAIR
-        colours, perplexity = [data.RGB[h] for h in data.HAIR], 10.0
-        words = {i: data.EYES[i % 11] for i in [*asked, *range(0, 132, 4)]}
-    else:
-        net = fid.inception(device) if data.find(fid.WEIGHTS) else None
-        group_names = list(dict.fromkeys(g for _, g in GROUPS))
-        groups = torch.tensor([group_names.index(imagenet_group(i)) for i in range(1000)])
-        colours, perplexity = data.COLOURS, 30.0
-        words = {i: names[i] for i in [*asked, *COURSE, *range(9, 1000, 22)]}
-    result = map_sheet(G, groups, group_names, colours, words, pairs, perplexity, cfg.seed, out / "tsne.png")
-    result |= pairs_report(cfg, G, names, pairs, net, out, device)
-    noise_sheets(G, asked[:4], names, cfg.truncation, cfg.seed, out)
-    wrote = [out / f"{f}.png" for f in ("interpolation", "pairs", "noise", "truncation", "tsne")]
-    count = {"G": sum(p.numel() for p in G.parameters())}
-    if kind == "small":
-        z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
-        x = sample(G, z, torch.arange(132, device=device), cfg.truncation)
-        wrote.append(data.sheet(x.split(11), out / "classes.png", data.HAIR, data.EYES, "hair (rows) x eyes, one z"))
-        result |= attribute_metrics(G, net, device)
-        count["D"] = sum(p.numel() for p in Discriminator(SMALL.num_classes).parameters())
-        headline = (f"{fid.line(result)}; attributes as asked: hair {100 * result['hair accuracy']:.1f}%, "
-                    f"eyes {100 * result['eyes accuracy']:.1f}%")
-    else:
-        headline = (f"t-SNE KL {result['t-SNE KL']:.3f}; nearest point of the same group "
-                    f"{100 * result['same group']:.0f}%")
-    if log:
-        wrote += [data.curves(out / "curves.png", log.table, [("losses", ["D", "G"]), ("logits", ["D(x)", "D(G(z))"]),
-                                                             ("mean length of a class embedding", ["|r|"])]),
-                  data.gif(out / "training.gif", sorted(out.glob("[0-9]*.png")))]
-    data.write_json(out / "result.json", dict(
-        command=data.command(out, log), model=kind, config=dataclasses.asdict(cfg),
-        network=dataclasses.asdict(G.config), device=str(device), versions=data.versions(), step=trained["steps"],
-        seconds=trained["seconds"], parameters=count, metrics=result, headline=headline))
-    print("wrote    " + " ".join(map(str, [*wrote, out / "result.json"])))
-    print(headline)
+ALPHAS = [1 - k / 10 for k in range(11)]
 
 
-# ---- main ----------------------------------------------------------------------------------------------------------
+def walk(G, i, j, z, truncation):
+    """From class i to class j at one fixed z (1, z_dim): pictures uint8 (11, 3, S, S)."""
+    r = between(G.embed(i), G.embed(j), ALPHAS)
+    return sample(G, z.expand(len(r), -1), r, truncation, by=1)
 
-def check(cfg):
-    """What makes no sense ends here, in one line."""
-    for wrong, message in (
-        (cfg.model not in ("auto", "published", "small"), f"--model {cfg.model} is unknown; auto, published or small"),
-        (cfg.size not in MEGABYTES,
-         f"--size {cfg.size} is not published; 128, 256 or 512 (the small model always makes 32)"),
-        (not 0 < cfg.truncation <= 1, f"--truncation {cfg.truncation:g} is not above 0 and at most 1"),
-        (len(cfg.classes) not in (0, 2),
-         f"--classes takes two classes, here {len(cfg.classes)}; names with a space need quotes"),
-        (cfg.steps < 0 or cfg.log_every < 1 or cfg.sample_every < 1,
-         "--steps must not be negative, --log-every and --sample-every must be at least 1")):
-        if wrong:
-            raise UserError(message)
 
-def choose_model(cfg):
-    """(path of the published weights or None for the small model), after saying which and why."""
-    if cfg.model == "small":
-        return None
-    try:
-        path = fetch_published(cfg.size)
-        print(f"model    published BigGAN-deep-{cfg.size} ({path})", flush=True)
-        return path
-    except data.Unavailable as e:
-        if cfg.model == "published":
-            raise UserError(f"{e}; or --model small: trained here on drawn faces") from None
-        print(f"model    small BigGAN, 132 classes of faces; {e}", flush=True)
+def mean_step(x):
+    """How much a pixel of a walk (k, 3, S, S) changes from picture to picture, in 0 .. 255."""
+    return x.float().diff(dim=0).abs().mean().item()
+
+
+# ---- what was drawn ------------------------------------------------------------------------------
+
+def draw_map(r, names, pairs, cfg, out):
+    """tsne.png: the map of all class vectors r (n, d), walks as lines. Returns its KL."""
+    groups = torch.arange(len(r)) * 12 // len(r)    # twelfths of the list: kin, in ImageNet's
+    kinds, colours = names[::84], data.COLOURS
+    if names == FACES:                                  # each has one hair colour
+        kinds, colours = HAIR, [data.RGB[hair] for hair in HAIR]
+    perplexity = len(r) ** .5
+    xy = tsne(r, perplexity, cfg.seed)
+    divergence = kl(affinities(r, perplexity), xy).item()
+    labels = {i: names[i] for pair in pairs for i in pair}
+    data.scatter(out / "tsne.png", xy, groups, kinds, labels, pairs,
+                 f"t-SNE of {len(r)} class vectors, KL {divergence:.3f}", colours)
+    return divergence
+
+
+def judge(G, name, images, device):
+    """FID, precision, recall, and the share of faces whose hair and eyes are as asked, at
+    truncation 1, 20 faces a class."""
+    y = torch.arange(len(FACES)).repeat(20)
+    z = truncated_noise(len(y), SMALL.z_dim)
+    x = sample(G, z.to(device), y.to(device))
+    net = fid.classifier(name, SMALL.size, device)
+    result = fid.against(net, images, x, name)
+    asked = torch.unravel_index(y, (len(HAIR), len(EYES)))
+    for part, seen, wanted in zip(("hair", "eyes"), net.attributes(x), asked):
+        result[part] = (seen == wanted).float().mean().item()           # 1 is perfect
+    return result
+
+
+def evaluate(cfg, nets, names, scores, log, out, device):
+    """Map, walks and result.json. nets: dict with G; scores: what judge() says of the small one."""
+    G = nets["G"]
+    r = G.embeddings.weight.T.cpu()                            # (classes, embed_dim)
+    kinds = {"near": extreme_pairs(r), "far": extreme_pairs(r, farthest=True)}
+    if not scores:
+        kinds = PAIRS | kinds
+    z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
+    rows, left, result = [], [], {}
+    for kind, pairs in kinds.items():
+        walks = [walk(G, i, j, z, cfg.truncation) for i, j in pairs]
+        rows += walks
+        left += [f"{kind}: {names[i]} > {names[j]}" for i, j in pairs]
+        result[kind] = mean_step(torch.stack(walks, 1))
+    data.sheet(rows, out / "interpolation.png", left, [f"{a:.1f}" for a in ALPHAS],
+               f"alpha r1 + (1 - alpha) r2 at one z, truncation {cfg.truncation:g}")
+    result["KL"] = draw_map(r, names, sum(kinds.values(), []), cfg, out)
+    words = f"mean step: near {result['near']:.2f}, far {result['far']:.2f}; KL {result['KL']:.3f}"
+    if scores:
+        words = (f"{fid.line(scores)}; precision {scores['precision']:.2f}, as asked: hair "
+                 f"{scores['hair']:.1%}, eyes {scores['eyes']:.1%}; {words}")
+    data.finish(out, cfg, log, nets, scores | result, [
+        ("losses", ["D", "G"]),
+        ("D on real and fake, before and after", ["D(x)", "D(G(z)) before", "D(G(z)) after"]),
+    ], words)
+
+
+# ---- main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
     """The command line."""
-    cfg, changes = data.arguments(Run, argv)
-    check(cfg)
-    tail = "".join(f"-{k}{'+'.join(v) if k == 'classes' else v}" for k, v in changes.items()
-                   if k in ("classes", "model", "size", "truncation", "steps", "seed"))
-    device, path = data.device(cfg.device), choose_model(cfg)
-    names = imagenet_names() if path else data.FACES
-    pairs = [cfg.classes] if cfg.classes else PAIRS if path else FACE_PAIRS
-    pairs = [tuple(class_index(word, names) for word in pair) for pair in pairs]
-    G = load_published(path, Config(size=cfg.size)).to(device) if path else None  # a bad file: no folder is made
-    out = data.open_run(cfg.out or "out/biggan" + tail.replace("/", "_").replace(" ", "_"), cfg.resume, cfg.overwrite)
-    v = data.versions()
-    print(f"run      {out}  device {device} {v['gpu'] if device.type == 'cuda' else ''} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}",
-          flush=True)
-    G, log, trained = (G, None, dict(steps=0, seconds=0.0)) if path else small(cfg, out, device)
-    evaluate(cfg, G, "published" if path else "small", names, pairs, log, trained, out, device)
+    _, changes = data.arguments(Run, argv)
+    cfg = Run(**changes)
+    need(0 < cfg.truncation <= 1, f"--truncation {cfg.truncation} is not in (0, 1]")
+    data.at_least(0, cfg, "steps")
+    data.at_least(1, cfg, "log_every", "sample_every")
+    device = data.device(cfg.device)
+    out = data.run_folder("biggan", cfg, changes, FREE)
+    begun = cfg.resume and (out / "last.pt").is_file()
+    if cfg.model == "published" or not (cfg.model or begun):
+        try:
+            path = data.fetch(f"biggan-deep-{cfg.size}-pytorch_model.bin",
+                              [S3.format(cfg.size), MIRROR.format(cfg.size)])
+            G = load_published(path, Config(size=cfg.size)).to(device)
+            return evaluate(cfg, dict(G=G), imagenet_names(), {}, data.Log(out, 0), out, device)
+        except data.Unavailable as e:
+            need(not cfg.model, f"{e}; or --model small, which is trained here")
+            print(f"model    small, trained here: {e}")
+    need(cfg.steps or begun, f"no {out}/last.pt to go by: train first, or name --out")
+    name, images, labels, _ = data.choose("faces-a", SMALL.size)
+    G, D, log = train(cfg, images.to(device), labels.to(device), out, device)
+    scores = judge(G, name, images, device)
+    evaluate(cfg, dict(G=G, D=D), FACES, scores, log, out, device)
+
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -1,51 +1,101 @@
 """data.py: pictures in, pictures out, and the plumbing that every script shares.
 
-    python data.py show digits out/digits.png            draw a page of any data set
-    python data.py compare out/a out/b --out out/ab      several runs on one sheet and in one Markdown table
+    python data.py show digits out/digits.png            a page of a data set, or of a folder
+    python data.py compare out/a out/b --out out/ab      runs on one sheet, their curves, a table
+    python data.py strips out/strips.png out/a out/b     the first pictures of each run, a row a run
 
-A data set is one uint8 tensor (N, C, size, size): MNIST is 60 MB, so it lives on the device as a whole, and a batch is
-an index into it. No worker process, no picture decoded twice. What is downloaded, decoded or drawn is kept in downloads/.
-Sets: mnist, fashion, emoji-apple, emoji-windows, anime; a folder of your own pictures; and three that are drawn here
-and need no network: digits, faces-a and faces-b (one face, two drawing styles, every attribute known).
+A data set is one uint8 tensor (N, C, S, S): MNIST is 60 MB, so it lives on the device as a whole
+and a batch is an index into it. No worker process, no picture decoded twice. What is downloaded,
+decoded or drawn is kept in downloads/ (DOWNLOADS moves it); DATA_DIR is searched first and is only
+read. Sets: mnist, fashion, emoji-apple, emoji-windows, anime; a folder of your own pictures; and
+three that are drawn here from a seed and need no network: digits, faces-a and faces-b (the same
+faces in two styles, so the true translation and every attribute are known).
+
+In this order: files, reading, sets, drawn sets, load, pictures, charts, several processes, runs,
+compare.
 """
-import argparse, contextlib, csv, ctypes, dataclasses, glob, gzip, hashlib, http.client, inspect, io, json, math, os, platform
-import queue, re, shutil, signal, struct, sys, tarfile, threading, time, urllib.request, zlib
+import argparse
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import errno
+import gzip
+import hashlib
+import http.client
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import re
+import struct
+import sys
+import tarfile
+import time
+import typing
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 DOWNLOADS = Path(os.environ.get("DOWNLOADS", "downloads"))
-MAX_PIXELS = 50_000_000          # a larger picture is refused before it is decoded (decompression bombs)
+MAX_PIXELS = 50_000_000                 # larger pictures and archive members are bombs: refused
+MAX_BYTES = 1 << 26
 
+
+# ---- errors and files: never half a file under its name ------------------------------------------
 
 class UserError(Exception):
-    """Something the user can mend: one line that says what is wrong and what to do. Ends a script with exit code 2."""
+    """What the user can mend, in one line that says how; ends a script with exit code 2."""
 
 
 class Unavailable(UserError):
-    """A data set or a file that is not on disk and cannot be downloaded."""
+    """A file that is not on disk and cannot be downloaded."""
 
 
-# ---- files: never half a file under its final name ----------------------------------------------------------------
+class BlewUp(UserError):
+    """A number of the training is not finite; `step` says when."""
+
+    def __init__(self, step):
+        super().__init__(f"blew up: a loss, gradient or weight is not finite at step {step}; the "
+                         "last good checkpoint stays: try a lower --lr or --loss lsgan")
+        self.step = step
+
+
+def need(ok, why):
+    """UserError, one line that says what to do, unless ok."""
+    if not ok:
+        raise UserError(why)
+
+
+def at_least(low, cfg, *fields):
+    """UserError unless each of these fields of a config is at least `low` (nan is not)."""
+    for name in fields:
+        value = getattr(cfg, name)
+        need(value >= low, f"--{name.replace('_', '-')} {value} must be at least {low}")
+
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`; when the block ends well it is synced and renamed, otherwise removed."""
+    """Yields a path beside `path`, renamed when the block ends well: never half a file under its
+    name. Under torchrun rank 0's is kept."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):     # of a killed process
-        if time.time() - left.stat().st_mtime > 3600:
-            left.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
-        os.replace(part, path)
+        if rank() == 0:
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -61,387 +111,364 @@ def write_json(path, record):
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-def sha256_of(path):
-    """sha256 of a file as a hexadecimal string."""
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            h.update(chunk)
-    return h.hexdigest()
+def save_array(path, x):
+    """A CPU tensor -> an .npy file, atomically."""
+    with atomic(path) as part, open(part, "wb") as f:
+        np.save(f, x.contiguous().numpy())
+
+
+def save_samples(path, x):
+    """Pictures uint8 (N, C, H, W) -> an .npy file (N, H, W, C)."""
+    save_array(path, x.permute(0, 2, 3, 1))
 
 
 def find(name):
-    """Where `name` (a path relative to a download folder) lies: in $DATA_DIR, else in downloads/, else None."""
-    roots = ([Path(os.environ["DATA_DIR"])] if os.environ.get("DATA_DIR") else []) + [DOWNLOADS]
-    return next((r / name for r in roots if (r / name).exists()), None)
+    """Where `name` lies, in $DATA_DIR or else in downloads/; None if in neither."""
+    roots = [DOWNLOADS]
+    if os.environ.get("DATA_DIR"):
+        roots.insert(0, Path(os.environ["DATA_DIR"]))
+    for root in roots:
+        if (root / name).exists():
+            return root / name
+    return None
 
 
-def _open(url, seconds=7):
-    """urlopen that gives up after `seconds` whatever hangs: in a thread, since looking a name up knows no time-out."""
-    answer = queue.Queue()
-
-    def go():
-        try:
-            request = urllib.request.Request(url, headers={"User-Agent": "python"})
-            answer.put(urllib.request.urlopen(request, timeout=seconds))
-        except Exception as e:
-            answer.put(e)
-    threading.Thread(target=go, daemon=True).start()
-    try:
-        got = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds} s") from None
-    if isinstance(got, Exception):
-        raise got
-    return got
+def sha256_of(path):
+    """sha256 of a file as a hexadecimal string."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def download(url, path, sha256=None):
-    """Fetch one URL to `path`, with progress; ValueError or OSError when what arrives is not the wanted file."""
-    with _open(url) as r, atomic(path) as part, open(part, "wb") as f:
-        total, got, start, h = int(r.headers.get("Content-Length") or 0), 0, time.monotonic(), hashlib.sha256()
-        while chunk := r.read(1 << 16):
-            if not got and chunk.lstrip()[:1] == b"<":
-                raise ValueError("a web page came instead of the file")
-            f.write(chunk)
-            h.update(chunk)
-            got += len(chunk)
-            rate = got / max(time.monotonic() - start, 1e-3)
-            if time.monotonic() - start > 15 and rate < 10e3:
-                raise ValueError(f"too slow ({rate / 1e3:.1f} kB/s)")
-            if sys.stdout.isatty():
-                print(f"\r{Path(path).name}  {got / 1e6:7.1f} MB" + (f" of {total / 1e6:.1f}" if total else "") +
-                      f"  {rate / 1e6:5.1f} MB/s", end="\r" if got == total else "", flush=True)
-        if got == 0 or (total and got != total):
+    """Fetch one URL to `path`, with progress. ValueError or OSError unless all of it arrives."""
+    with urllib.request.urlopen(url, timeout=10) as answer, atomic(path) as part:
+        total = int(answer.headers.get("Content-Length") or 0)
+        got = 0
+        with open(part, "wb") as f:
+            while chunk := answer.read(1 << 16):
+                if not got and chunk.lstrip()[:1] == b"<":
+                    raise ValueError("a web page came instead of the file")
+                f.write(chunk)
+                got += len(chunk)
+                if sys.stdout.isatty():
+                    print(f"\r{path.name}  {got / 1e6:.1f} of {total / 1e6:.1f} MB", end="\r")
+        if got < max(total, 1):
             raise ValueError(f"cut off after {got:,} of {total:,} bytes")
-        if sha256 and h.hexdigest() != sha256:
-            raise ValueError(f"wrong file: sha256 {h.hexdigest()}, not {sha256}")
-        f.flush()
+        if sha256 and sha256_of(part) != sha256:
+            raise ValueError(f"wrong file: its sha256 is {sha256_of(part)}")
     print(f"downloaded {url} ({got / 1e6:.1f} MB)")
-    return Path(path)
+    return path
 
 
-def fetch(name, urls, sha256=None, size=None):
-    """Path of `name`, found on disk or downloaded from the first mirror that works.
+def fetch(name, urls, sha256=None):
+    """Path of `name`: found on disk, or downloaded from the first of the URLs that works.
 
-    Args: urls, the mirrors in order; sha256, checked on disk too; size, in words, for the message.
-    Errors: Unavailable naming URL, path and hash; UserError for a file on disk that is another one."""
-    if found := find(name):
-        if sha256 and (got := sha256_of(found)) != sha256:
-            raise UserError(f"{found} is damaged or another file: sha256 {got}, wanted {sha256}; delete it and run again")
+    Errors: Unavailable, naming the mirrors; UserError where the file on disk has another hash."""
+    found = find(name)
+    if found:
+        need(not sha256 or sha256_of(found) == sha256,
+             f"{found} is damaged or another file (sha256 is not {sha256}); delete it")
         return found
     why = []
     for url in urls:
         try:
             return download(url, DOWNLOADS / name, sha256)
         except (OSError, ValueError, http.client.HTTPException) as e:
-            if getattr(e, "errno", None) in (28, 27, 13, 30):         # the disk's fault, not the mirror's
-                raise
+            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS):
+                raise                               # the disk's fault, not the mirror's
             why.append(f"{url.split('/')[2]}: {getattr(e, 'reason', None) or e}")
-    raise Unavailable(f"{name} cannot be downloaded ({'; '.join(why)}); put the file of {urls[0]}"
-                      f"{f' ({size})' if size else ''} at {DOWNLOADS / name}{f', sha256 {sha256}' if sha256 else ''}")
+    raise Unavailable(f"{name} cannot be downloaded ({'; '.join(why)}); put the file of {urls[0]} "
+                      f"at {DOWNLOADS / name}")
 
 
-# ---- reading: idx files, archives, pictures ------------------------------------------------------------------------
+# ---- reading: idx files, archives, pictures ------------------------------------------------------
 
 def read_idx(path):
-    """A gzipped idx file -> uint8 array. Format: 0, 0, 8 (uint8), rank; one big-endian uint32 a dimension; the bytes."""
+    """A gzipped idx file -> uint8 array. The format: 0, 0, 8 for uint8, the number of dimensions;
+    a big-endian uint32 a dimension; the bytes."""
     try:
         with gzip.open(path) as f:
-            zero, kind, rank = struct.unpack(">HBB", f.read(4))
-            if zero or kind != 8 or not 1 <= rank <= 3:
+            zeros, kind, dimensions = struct.unpack(">HBB", f.read(4))
+            if zeros or kind != 8 or dimensions not in (1, 3):
                 raise ValueError("wrong magic number")
-            shape = struct.unpack(f">{rank}I", f.read(4 * rank))
-            if math.prod(shape) > 1 << 28:
+            shape = struct.unpack(f">{dimensions}I", f.read(4 * dimensions))
+            size = math.prod(shape)
+            if size > 1 << 28:
                 raise ValueError(f"impossible shape {shape}")
-            raw = f.read(math.prod(shape) + 1)
-        if len(raw) != math.prod(shape):
-            raise ValueError(f"{len(raw):,} bytes of pictures where the header {shape} promises {math.prod(shape):,}")
-        return np.frombuffer(raw, np.uint8).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as e:
-        raise UserError(f"{path} is no whole idx file ({e}); delete it and run again") from None
+            raw = f.read(size + 1)
+        if len(raw) != size:
+            raise ValueError(f"{len(raw):,} bytes where the header {shape} promises {size:,}")
+    except Exception as e:                          # a damaged gzip raises nearly anything
+        raise UserError(f"{path} is no whole idx file ({e}); delete it") from e
+    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def read_picture(source, channels=3):
-    """A picture (path, or (name, bytes)) -> uint8 tensor (channels, H, W); what is transparent becomes white.
-
-    A plain convert("RGB") would show whatever colour hides under the transparency: dark green in the emojis."""
-    name, file = (source[0], io.BytesIO(source[1])) if isinstance(source, tuple) else (source, source)
+    """A picture, a path or (name, bytes) -> uint8 (channels, H, W). What is transparent becomes
+    white: convert("RGB") alone would show the colour under it, dark green in the emojis."""
+    name, file = source, source
+    if isinstance(source, tuple):
+        name, file = source[0], io.BytesIO(source[1])
     try:
         with Image.open(file) as im:
             if im.width * im.height > MAX_PIXELS:
-                raise ValueError(f"{im.width} x {im.height} is more than {MAX_PIXELS:,} pixels")
+                raise ValueError(f"{im.width} x {im.height} are over {MAX_PIXELS:,} pixels")
             if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
             im = im.convert("L" if channels == 1 else "RGB")
-            return torch.from_numpy(np.array(im)).view(im.height, im.width, channels).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, MemoryError, EOFError, struct.error, zlib.error, IndexError, TypeError,
-            KeyError, OverflowError, AttributeError, Image.DecompressionBombError) as e:   # what Pillow's readers raise
-        raise UserError(f"{name} is no readable picture ({e or type(e).__name__}); remove it") from None
+    except Exception as e:                          # a damaged picture raises nearly anything
+        why = str(e) or type(e).__name__
+        raise UserError(f"{name} is no readable picture ({why}); remove it") from e
+    return torch.from_numpy(np.array(im)).view(im.height, im.width, channels).permute(2, 0, 1)
 
 
 def pictures(folder):
-    """All picture files under a folder, sorted. UserError when it is missing or holds none."""
+    """All picture files under a folder, sorted; UserError when there is none."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no data set or folder named {folder}; sets: {', '.join(SETS)}")
-    kinds = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm"}
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file())
-    if not found:
-        raise UserError(f"{folder} holds no picture ({' '.join(sorted(kinds))})")
+    need(folder.is_dir(), f"no data set or folder named {folder}; sets: {', '.join(SETS)}")
+    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
+    need(found, f"{folder} holds no picture ({' '.join(kinds)})")
     return found
 
 
 def fit(x, size):
-    """uint8 (C, H, W) or (N, C, H, W) -> the same, centre-cropped to a square and resized (antialiased) to `size`."""
+    """uint8 (C, H, W) or (N, C, H, W) -> the same, cropped to a square around the centre and
+    resized, antialiased, to `size`."""
     h, w = x.shape[-2:]
     s = min(h, w)
-    x = x[..., (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s]
+    top, left = (h - s) // 2, (w - s) // 2
+    x = x[..., top:top + s, left:left + s]
     if s == size:
         return x.contiguous()
-    batch = x.view(-1, *x.shape[-3:]).float()
-    batch = F.interpolate(batch, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+    batch = x.reshape(-1, *x.shape[-3:]).float()
+    batch = F.interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
     return batch.round().clamp(0, 255).byte().view(*x.shape[:-2], size, size)
 
 
-def members(name, urls=()):
-    """(path inside, bytes) of every file of an archive name.tar.gz, or of the unpacked folder name/.
+def tar_members(path):
+    """(name, bytes) of each file in a tar archive. Nothing is unpacked, so no name leads outside;
+    links and devices are passed over."""
+    with tarfile.open(path) as tar:
+        for m in tar:
+            if m.isfile():
+                need(m.size <= MAX_BYTES, f"{path}: {m.name} has {m.size:,} bytes; refused")
+                yield m.name, tar.extractfile(m).read()
 
-    An archive is only read, never unpacked, so no path in it can lead anywhere; odd members are refused all the same."""
-    if (folder := find(name)) and folder.is_dir():
-        for p in sorted(q for q in folder.rglob("*") if q.is_file()):
-            yield f"{name}/{p.relative_to(folder).as_posix()}", p.read_bytes()
+
+def zip_members(path):
+    """(name, bytes) of each file in a zip archive."""
+    with zipfile.ZipFile(path) as archive:
+        for m in archive.infolist():
+            need(m.file_size <= MAX_BYTES, f"{path}: {m.filename} is too large; refused")
+            if not m.is_dir():
+                yield m.filename, archive.read(m)
+
+
+def members(name, urls=()):
+    """(name, bytes) of each file in the folder name/, in name.zip or in name.tar.gz, which is
+    downloaded where there is a URL."""
+    folder, path = find(name), find(f"{name}.zip") or find(f"{name}.tar.gz")
+    if folder:
+        for p in sorted(folder.rglob("*")):
+            if p.is_file():
+                yield f"{name}/{p.relative_to(folder).as_posix()}", p.read_bytes()
         return
-    path = fetch(f"{name}.tar.gz", urls) if urls else find(f"{name}.tar.gz")
-    if not path:
-        raise Unavailable(f"{name} is not on disk: put {name}.tar.gz or the folder {name}/ in {DOWNLOADS} or $DATA_DIR")
+    if not path and not urls:
+        raise Unavailable(f"{name} is not on disk: put {name}.tar.gz, {name}.zip or the folder "
+                          f"{name}/ into {DOWNLOADS}")
+    path = path or fetch(f"{name}.tar.gz", urls)
     try:
-        with tarfile.open(path) as tar:
-            for m in tar:
-                if m.name.startswith("/") or ".." in m.name.split("/") or not (m.isfile() or m.isdir()):
-                    raise ValueError(f"refused: {m.name!r} is a link, a device or leads out of the archive")
-                if m.isfile():
-                    if m.size > 1 << 26:
-                        raise ValueError(f"{m.name} is larger than 64 MB")
-                    yield m.name, tar.extractfile(m).read()
-    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as e:
-        raise UserError(f"{path} is no whole archive ({e}); delete it and run again") from None
+        yield from zip_members(path) if path.suffix == ".zip" else tar_members(path)
+    except UserError:
+        raise
+    except Exception as e:                          # a damaged archive raises nearly anything
+        raise UserError(f"{path} is no whole archive ({e}); delete it") from e
 
 
 def cached(key, build):
-    """Arrays built once and kept as downloads/cache/<key>.npz; a damaged cache is built again."""
+    """(images, labels or None) as tensors, built once and kept in downloads/cache/<key>.npz."""
     path = DOWNLOADS / "cache" / f"{key}.npz"
-    with contextlib.suppress(Exception):                   # a damaged zip raises nearly anything
+    with contextlib.suppress(Exception):            # there is none, or a damaged one: build it
         with np.load(path, allow_pickle=False) as f:
-            return f["images"], (f["labels"] if "labels" in f else None)
+            arrays = [torch.from_numpy(f[name]) for name in f.files]
+        return arrays[0], (arrays + [None])[1]
     images, labels = build()
+    arrays = [images] if labels is None else [images, labels]
     with atomic(path) as part, open(part, "wb") as f:
-        np.savez(f, images=images, **({} if labels is None else {"labels": labels}))
-    return images, labels
+        np.savez(f, *arrays)
+    return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
 
 
-# ---- data sets that are downloaded or placed by hand ---------------------------------------------------------------
+# ---- sets that are downloaded or placed by hand --------------------------------------------------
 
-MNIST = {"train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-         "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-         "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-         "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"}
-FASHION = {"train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-           "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-           "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-           "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"}
-MNIST_URLS = ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"]
+MNIST = {
+    "train-images": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+FASHION = {
+    "train-images": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+MNIST_URLS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
+              "https://storage.googleapis.com/cvdf-datasets/mnist/"]
 FASHION_URLS = ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
 EMOJI_URLS = ["http://www.cs.toronto.edu/~jba/emojis.tar.gz"]
+DIGITS = list("0123456789")
 CLOTHES = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 HAIR = "orange white aqua gray green red purple pink blue black brown blonde".split()
 EYES = "gray black orange pink yellow aqua purple green brown red blue".split()
-FACES = [f"{h} hair {e} eyes" for h in HAIR for e in EYES]        # class = 11 * hair + eyes: 132 of them
+FACES = [f"{hair} hair {eyes} eyes" for hair in HAIR for eyes in EYES]  # 11 * hair + eyes: 132
 
 
 def idx_set(folder, hashes, urls, size, split):
-    """MNIST or Fashion-MNIST. 28 -> 32 pads with black, so that every pixel stays exact; other sizes are resampled."""
-    names = [n for n in hashes if n.startswith("train" if split == "train" else "t10k")]
-    paths = [fetch(f"{folder}/{n}", [u + n for u in urls], hashes[n]) for n in names]
-    x, y = read_idx(paths[0]), read_idx(paths[1])
-    if x.ndim != 3 or y.ndim != 1 or len(x) != len(y):
-        raise UserError(f"{paths[0]} and {paths[1]} do not belong together ({x.shape}, {y.shape}); delete both")
-    x = torch.from_numpy(x.copy())[:, None]
-    x = F.pad(x, [(size - 28) // 2] * 4) if size in (28, 30, 32) else fit(x, size)
-    return x, torch.from_numpy(y.astype(np.int64))
+    """MNIST or Fashion-MNIST. 28 -> 32 pads with black, so that every pixel stays exact."""
+    paths = []
+    for kind, dimensions in (("images", 3), ("labels", 1)):
+        part = f"{'train' if split == 'train' else 't10k'}-{kind}"
+        file = f"{part}-idx{dimensions}-ubyte.gz"
+        paths.append(fetch(f"{folder}/{file}", [url + file for url in urls], hashes[part]))
+    x, y = (torch.from_numpy(read_idx(path).copy()) for path in paths)
+    x = x[:, None]                                              # (N, 1, 28, 28)
+    x = F.pad(x, [(size - 28) // 2] * 4) if size in (28, 32) else fit(x, size)
+    return x, y.long()
 
 
 def emoji_set(style, size, split):
-    """Apple or Windows emojis as (N, 3, size, size), composited on white."""
+    """Apple or Windows emojis on white, (N, 3, size, size)."""
     folder = f"/{'Test_' if split == 'test' else ''}{style}/"
 
     def build():
-        files = sorted((n, b) for n, b in members("emojis", EMOJI_URLS) if folder in n and n.endswith(".png"))
-        if not files:
-            raise UserError(f"the emojis archive has no folder {folder}; delete it and run again")
-        return np.stack([fit(read_picture(f), size).numpy() for f in files]), None
-    return torch.from_numpy(cached(f"emoji-{style}-{size}-{split}", build)[0]), None
+        files = sorted(m for m in members("emojis", EMOJI_URLS) if folder in m[0])
+        files = [m for m in files if m[0].endswith(".png")]
+        need(files, f"the emojis archive has no folder {folder}; delete it")
+        return np.stack([fit(read_picture(m), size).numpy() for m in files]), None
+    return cached(f"emoji-{style}-{size}-{split}", build)
 
 
 def anime_set(size, split):
-    """Tagged anime faces (course data, placed by hand); every tenth is the test split. Pictures without a tag are left out."""
+    """Tagged anime faces (course data, placed by hand); those without a tag are left out, every
+    tenth is the test split."""
     def build():
         tags, files = {}, {}
-        for n, b in members("anime"):
-            if n.endswith("tags.csv"):
-                for row in csv.reader(io.StringIO(b.decode("utf-8", "replace"))):
-                    if len(row) == 2 and row[1].strip() in FACES:
-                        tags[row[0].strip()] = FACES.index(row[1].strip())
-            elif n.endswith((".jpg", ".png")):
-                files[Path(n).stem] = (n, b)
-        names = sorted(tags.keys() & files.keys(), key=lambda s: (len(s), s))
-        if not names:
-            raise UserError("the anime set has no tagged picture: tags.csv lines are `N,<hair> hair <eye> eyes` for images/N.jpg")
-        names = [s for i, s in enumerate(names) if (i % 10 == 9) == (split == "test")]
-        return np.stack([fit(read_picture(files[s]), size).numpy() for s in names]), np.array([tags[s] for s in names])
-    images, labels = cached(f"anime-{size}-{split}", build)
-    return torch.from_numpy(images), torch.from_numpy(labels)
+        for name, raw in members("anime"):
+            if name.endswith("tags.csv"):
+                rows = csv.reader(io.StringIO(raw.decode("utf-8", "replace")))
+                tags = {row[0]: row[1].strip() for row in rows if len(row) == 2}
+            elif name.endswith((".jpg", ".png")):
+                files[Path(name).stem] = (name, raw)
+        names = [name for name in files if tags.get(name) in FACES]
+        need(names, "anime has no tagged picture: a line of tags.csv is N,<hair> hair <eye> eyes "
+             "for images/N.jpg")
+        names = held_out(sorted(names, key=int), split)
+        images = np.stack([fit(read_picture(files[name]), size).numpy() for name in names])
+        return images, np.array([FACES.index(tags[name]) for name in names])
+    return cached(f"anime-{size}-{split}", build)
+
+
+def held_out(items, split):
+    """Every tenth item for the split "test", the others for "train"."""
+    return [item for i, item in enumerate(items) if (i % 10 == 9) == (split == "test")]
 
 
 def folder_set(folder, size, split):
-    """A folder of pictures, sub-folders as classes. Split "all" is every picture, "test" every tenth, "train" the rest; a
-    folder of fewer than 20 pictures is its own test set."""
+    """A folder of pictures, its sub-folders the classes: (images, labels or None, classes). Of
+    fewer than 20 pictures all are in every split."""
     files = pictures(folder)
-    split = "all" if len(files) < 20 else split
-    kinds = sorted({p.relative_to(folder).parts[0] for p in files if len(p.relative_to(folder).parts) > 1})
-    classes = kinds if all(len(p.relative_to(folder).parts) > 1 for p in files) else []
-    files = [p for i, p in enumerate(files) if split == "all" or (i % 10 == 9) == (split == "test")]
-    stamp = hashlib.sha256(repr([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]).encode())
+    parts = [p.relative_to(folder).parts for p in files]
+    classes = sorted({part[0] for part in parts}) if min(map(len, parts)) > 1 else []
+    if split != "all" and len(files) >= 20:
+        files = held_out(files, split)
+    stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
     def build():
-        labels = np.array([classes.index(p.relative_to(folder).parts[0]) for p in files]) if classes else None
+        labels = None
+        if classes:
+            labels = np.array([classes.index(p.relative_to(folder).parts[0]) for p in files])
         return np.stack([fit(read_picture(p), size).numpy() for p in files]), labels
-    images, labels = cached(f"folder-{stamp.hexdigest()[:16]}-{size}", build)
-    return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels), classes
+    return *cached(f"folder-{key}-{size}", build), classes
 
 
-# ---- data sets that are drawn here ---------------------------------------------------------------------------------
-
-def arc(cx, cy, rx, ry, a, b, n=24):
-    """Points on an ellipse from angle a to b in degrees; 0 is right, 90 is down."""
-    t = np.radians(np.linspace(a, b, n))
-    return list(zip(cx + rx * np.cos(t), cy + ry * np.sin(t)))
-
-
-STROKES = [  # digit -> ways to write it -> strokes -> points in the unit square, y downwards
-    [[arc(.5, .5, .34, .5, 0, 360)], [arc(.5, .5, .42, .48, -60, 300)]],
-    [[[(.5, 0), (.5, 1)]], [[(.3, .22), (.52, 0), (.52, 1)]]],
-    [[arc(.5, .28, .32, .28, 180, 390) + [(.15, 1), (.85, 1)]],
-     [arc(.48, .28, .3, .28, 200, 400) + [(.3, .85)] + arc(.25, .9, .1, .1, 0, 270, 9) + [(.5, .92), (.88, .96)]]],
-    [[arc(.45, .26, .3, .26, 200, 440) + arc(.45, .75, .36, .25, 280, 520)],
-     [[(.15, 0), (.8, 0), (.45, .4)] + arc(.45, .7, .36, .3, 270, 510)]],
-    [[[(.66, 1), (.66, 0), (.1, .66), (.92, .66)]], [[(.25, 0), (.16, .52), (.85, .5)], [(.78, .08), (.68, 1)]]],
-    [[[(.82, 0), (.27, 0), (.22, .45)] + arc(.46, .69, .36, .31, 235, 500)],
-     [[(.25, .04), (.2, .45)] + arc(.46, .69, .34, .31, 240, 500), [(.25, .04), (.85, .02)]]],
-    [[arc(.8, .6, .65, .6, 260, 185, 12) + arc(.5, .7, .34, .3, 190, 545)],
-     [[(.6, 0), (.3, .35)] + arc(.48, .7, .3, .3, 200, 550)]],
-    [[[(.12, .02), (.88, .02), (.4, 1)]], [[(.12, .04), (.88, 0), (.45, 1)], [(.28, .5), (.82, .48)]]],
-    [[arc(.5, .26, .27, .26, 90, 450) + arc(.5, .76, .33, .24, -90, 270)],
-     [arc(.5, .25, .28, .25, -20, -250) + arc(.5, .75, .3, .25, -70, 200) + [(.4, .5), (.76, .16)]]],
-    [[arc(.48, .3, .32, .3, 0, 360) + [(.8, .3), (.74, 1)]], [arc(.5, .28, .3, .28, -20, 340) + arc(.4, .6, .42, .4, -50, 80, 12)]],
-]
-
+# ---- sets that are drawn here --------------------------------------------------------------------
 
 def draw_digits(n, seed, size):
-    """n handwritten-looking digits, uint8 (n, 1, size, size), white on black, and labels; hand, slant, pen and noise vary."""
-    r, s = np.random.RandomState(seed), 96
-    labels, out = r.randint(0, 10, n), np.empty((n, size, size), np.uint8)
+    """n digits, uint8 (n, 1, size, size), white on black, and labels: Pillow's font with a pen of
+    random width on paper whose four corners are pulled at random."""
+    r = np.random.RandomState(seed)
+    labels = r.randint(0, 10, n)
+    x = np.empty((n, 1, size, size), np.uint8)
     for i, y in enumerate(labels):
-        im = Image.new("L", (s, s))
-        pen, turn, slant = r.uniform(6, 12), r.normal(0, .12), r.normal(-.1, .18)
-        wide, high, cx, cy = r.uniform(.38, .58) * s, r.uniform(.56, .7) * s, *(s / 2 + r.normal(0, 3, 2))
-        wave, phase = r.normal(0, .025, (2, 2)), r.uniform(0, 6.28, (2, 2))      # slow wobble of the hand
-        for stroke in STROKES[y][r.randint(2)]:
-            p = np.array(stroke) - .5
-            p = p + wave[0] * np.sin(5 * p + phase[0]) + wave[1] * np.sin(9 * p[:, ::-1] + phase[1])
-            u, v = (p[:, 0] + slant * p[:, 1]) * wide, p[:, 1] * high
-            q = np.stack([cx + u * math.cos(turn) - v * math.sin(turn), cy + u * math.sin(turn) + v * math.cos(turn)], 1)
-            draw = ImageDraw.Draw(im)
-            draw.line([tuple(a) for a in q], fill=255, width=round(pen), joint="curve")
-            for a in (q[0], q[-1]):                                              # round ends
-                draw.ellipse([*(a - pen / 2), *(a + pen / 2)], fill=255)
-        out[i] = np.asarray(im.resize((size, size), Image.Resampling.BOX))
-    noise = r.randint(-12, 13, out.shape)
-    return np.where(out > 0, np.clip(out + noise, 0, 255), 0).astype(np.uint8)[:, None], labels
+        im = Image.new("L", (96, 96))
+        pen = r.randint(1, 6)
+        ImageDraw.Draw(im).text((48, 48), str(y), 255, font(72), "mm", stroke_width=pen,
+                                stroke_fill=255)
+        corners = np.array([[0, 0], [0, 96], [96, 96], [96, 0]]) + r.normal(0, 8, (4, 2))
+        im = im.transform((96, 96), Image.Transform.QUAD, corners.ravel(),
+                          Image.Resampling.BILINEAR)
+        x[i, 0] = im.resize((size, size), Image.Resampling.BOX)
+    return x, labels.astype(np.int64)
 
 
-RGB = dict(orange=(240, 140, 30), white=(246, 246, 250), aqua=(80, 225, 220), gray=(140, 142, 150), green=(50, 165, 70),
-           red=(205, 35, 40), purple=(135, 60, 180), pink=(252, 150, 200), blue=(45, 85, 220), black=(38, 34, 42),
-           brown=(125, 72, 36), blonde=(248, 215, 100), yellow=(245, 220, 20))
+RGB = dict(orange=(240, 140, 30), white=(246, 246, 250), aqua=(80, 225, 220), gray=(140, 142, 150),
+           green=(50, 165, 70), red=(205, 35, 40), purple=(135, 60, 180), pink=(252, 150, 200),
+           blue=(45, 85, 220), black=(38, 34, 42), brown=(125, 72, 36), blonde=(248, 215, 100),
+           yellow=(245, 220, 20))
 
 
-def face_shapes(hair, eye, p):
-    """One face as a list of (shape, coordinates on a 128 x 128 canvas, colour), back to front.
-
-    p: 8 numbers in [-1, 1]: shift x, shift y, width, hair length, mouth curve, mouth width, tilt of the fringe, gaze."""
-    x, y = 64 + 6 * p[0], 66 + 5 * p[1]
-    w, skin = 34 + 3 * p[2], (253, 222, 196)
-    hair, eye, drop = RGB[HAIR[hair]], RGB[EYES[eye]], 96 + 26 * p[3]
-    shapes = [("ellipse", (x - w - 12, y - 52, x + w + 12, y + 30), hair),                  # hair behind
-              ("polygon", (x - w - 12, y - 10, x - w - 8, drop, x - w + 12, drop + 6, x - 10, y + 20,
-                           x + 10, y + 20, x + w - 12, drop + 6, x + w + 8, drop, x + w + 12, y - 10), hair),
-              ("polygon", (x - 10, y + 30, x + 10, y + 30, x + 26, 130, x - 26, 130), skin),   # neck
-              ("ellipse", (x - w, y - 40, x + w, y + 42), skin)]                            # face
-    for side in (-1, 1):                                                                    # eyes
-        ex, ey = x + side * 16, y + 6
-        shapes += [("ellipse", (ex - 11, ey - 13, ex + 11, ey + 13), (255, 255, 255)),
-                   ("ellipse", (ex - 9 + 2 * p[7], ey - 12, ex + 9 + 2 * p[7], ey + 12), eye),
-                   ("ellipse", (ex - 3 + 2 * p[7], ey - 5, ex + 3 + 2 * p[7], ey + 5), (20, 16, 24))]
-    m, c = 7 + 4 * p[5], 4 * p[4]
-    shapes += [("line", (x - m, y + 29 - c, x, y + 29 + c, x + m, y + 29 - c), (170, 60, 70)),
-               ("polygon", (x - w - 4, y - 4, x - w - 2, y - 36, x - 14, y - 54, x + 14, y - 54, x + w + 2, y - 36,
-                            x + w + 4, y - 4, x + 22 + 6 * p[6], y - 20, x + 12 + 6 * p[6], y - 8,
-                            x + 6 * p[6], y - 22, x - 12 + 6 * p[6], y - 8, x - 22 + 6 * p[6], y - 20), hair)]  # fringe
-    return shapes
+def face_ellipses(hair, eye, p):
+    """One face as ellipses (x, y, half width, half height, colour) on 128 x 128, back to front.
+    p: 7 numbers in [-1, 1]: shift x, shift y, width, hair length, mouth width and height, gaze."""
+    x, y, w, long = 64 + 6 * p[0], 66 + 5 * p[1], 34 + 3 * p[2], 34 + 18 * p[3]
+    skin, look = (253, 222, 196), 3 * p[6]
+    ellipses = [(x, y - 12, w + 12, 42, hair), (x - w, y + 14, 14, long, hair),
+                (x + w, y + 14, 14, long, hair), (x, y + 64, 22, 34, skin), (x, y, w, 42, skin),
+                (x, y - 34, w, 22, hair)]
+    for side in (x - 16, x + 16):
+        ellipses += [(side, y + 6, 12, 14, (255, 255, 255)), (side + look, y + 6, 10, 12, eye),
+                     (side + look, y + 6, 3, 5, (20, 16, 24))]
+    return ellipses + [(x, y + 29, 7 + 4 * p[4], 3 + 2 * p[5], (170, 60, 70))]
 
 
 def draw_faces(style, n, first, size):
     """Faces number first .. first + n - 1, uint8 (n, 3, size, size), and labels 11 * hair + eyes.
 
-    Style "a": soft, shaded from the upper left, no outline, on slate. Style "b": flat, black outline, on cream. Face i
-    has the same attributes and pose in both styles, so faces-b[i] is the true translation of faces-a[i]."""
-    out, labels = np.empty((n, size, size, 3), np.uint8), np.empty(n, np.int64)
+    Style "a": shaded from the upper left, no outline, on slate. Style "b": flat, black outline, on
+    cream. Face i is the same in both styles: b[i] is the true translation of a[i]."""
     line, ground = (None, (92, 106, 128)) if style == "a" else ((0, 0, 0), (255, 250, 235))
+    v, u = np.mgrid[0:size, 0:size] / (size - 1)
+    light = 1.12 - .42 * np.hypot(u - .25, v - .2) if style == "a" else np.ones((size, size))
+    x, labels = np.empty((n, 3, size, size), np.uint8), np.empty(n, np.int64)
     for i in range(n):
         r = np.random.RandomState(first + i)
-        hair, eye, p = r.randint(12), r.randint(11), r.uniform(-1, 1, 8)
+        hair, eye, p = r.randint(12), r.randint(11), r.uniform(-1, 1, 7)
         im = Image.new("RGB", (128, 128), ground)
         draw = ImageDraw.Draw(im)
-        for kind, xy, colour in face_shapes(hair, eye, p):
-            if kind == "line":
-                draw.line(xy, fill=line or colour, width=4, joint="curve")
-            else:
-                getattr(draw, kind)(xy, fill=colour, outline=line, width=3)
-        out[i], labels[i] = np.asarray(im.resize((size, size), Image.Resampling.BOX)), 11 * hair + eye
-    if style == "a":                                                     # light from the upper left
-        v, u = np.mgrid[0:size, 0:size] / (size - 1)
-        light = (1.12 - .42 * np.hypot(u - .25, v - .2)).astype(np.float32)[..., None]
-        for k in range(0, n, 500):
-            out[k:k + 500] = np.clip(out[k:k + 500] * light, 0, 255)
-    return out.transpose(0, 3, 1, 2), labels
+        for cx, cy, rx, ry, colour in face_ellipses(RGB[HAIR[hair]], RGB[EYES[eye]], p):
+            draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), colour, line, 3)
+        im = np.asarray(im.resize((size, size), Image.Resampling.BOX))      # (S, S, 3)
+        x[i] = np.clip(im.transpose(2, 0, 1) * light, 0, 255)
+        labels[i] = 11 * hair + eye
+    return x, labels
 
 
 def drawn_set(name, size, split):
-    """digits, faces-a or faces-b, drawn once and cached. The halves of faces train on different faces and share the test."""
-    first = {"digits": {"train": 1, "test": 2}, "faces-a": {"train": 0, "test": 20_000},
-             "faces-b": {"train": 10_000, "test": 20_000}}[name][split]
-
+    """digits, faces-a or faces-b. The two styles train on different faces and share the test."""
     def build():
-        print(f"drawing {name} ({split}) ...", flush=True)
+        print(f"drawing  {name} ({split}) ...", flush=True)
         if name == "digits":
-            return draw_digits(20_000 if split == "train" else 4_000, first, size)
-        return draw_faces(name[-1], 10_000 if split == "train" else 1_000, first, size)
-    images, labels = cached(f"{name}-{size}-{split}", build)
-    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+            return draw_digits(20_000, 1, size) if split == "train" else draw_digits(4_000, 2, size)
+        if split == "test":
+            return draw_faces(name[-1], 1_000, 20_000, size)
+        return draw_faces(name[-1], 10_000, 10_000 * (name == "faces-b"), size)
+    return cached(f"{name}-{size}-{split}-2", build)
 
 
-# ---- load: one name, one tensor ------------------------------------------------------------------------------------
+# ---- load: one name, one tensor ------------------------------------------------------------------
 
 SETS = ["mnist", "fashion", "emoji-apple", "emoji-windows", "anime", "digits", "faces-a", "faces-b"]
 
@@ -449,65 +476,68 @@ SETS = ["mnist", "fashion", "emoji-apple", "emoji-windows", "anime", "digits", "
 def load(name, size, split="train"):
     """A data set as one tensor.
 
-    Args: name, one of SETS or a folder; size, pixels a side; split, "train", "test" or "all" (both).
-    Returns: images uint8 (N, C, size, size); labels int64 (N,), or None; class names (faces and anime: the 132 FACES,
-    label = 11 * hair + eyes). Errors: Unavailable when it is neither on disk nor to be had; UserError when damaged."""
-    if not 8 <= size <= 1024:
-        raise UserError(f"a picture size of {size} is not between 8 and 1024")
+    name: one of SETS, or a folder; size: pixels a side; split: "train", "test" or "all" (both).
+    Returns images uint8 (N, C, size, size); labels int64 (N,), or None; names of the classes (of
+    faces the 132 FACES, label = 11 * hair + eyes). Errors: Unavailable, or UserError if damaged."""
+    need(8 <= size <= 1024, f"a picture size of {size} is not between 8 and 1024")
     if name not in SETS:
         return folder_set(name, size, split)
     if split == "all":
         (x, y, classes), (x2, y2, _) = load(name, size, "train"), load(name, size, "test")
         return torch.cat([x, x2]), None if y is None else torch.cat([y, y2]), classes
     if name == "mnist":
-        return *idx_set("mnist", MNIST, MNIST_URLS, size, split), list("0123456789")
+        return *idx_set("mnist", MNIST, MNIST_URLS, size, split), DIGITS
     if name == "fashion":
         return *idx_set("fashion_mnist", FASHION, FASHION_URLS, size, split), CLOTHES
-    if name.startswith("emoji"):
-        return *emoji_set({"emoji-apple": "Apple", "emoji-windows": "Windows"}[name], size, split), []
+    if name in ("emoji-apple", "emoji-windows"):
+        return *emoji_set(name[6:].capitalize(), size, split), []
     if name == "anime":
         return *anime_set(size, split), FACES
-    return *drawn_set(name, size, split), list("0123456789") if name == "digits" else FACES
+    return *drawn_set(name, size, split), DIGITS if name == "digits" else FACES
 
 
 def choose(names, size, split="train"):
-    """The first of "mnist,digits" that can be had, as (name, images, labels, classes); says which and why."""
+    """(name, images, labels, classes) of the first set of "mnist,digits" that can be had; the line
+    it prints says which one and why."""
     missing = ""
     for name in names.split(","):
         try:
             images, labels, classes = load(name, size, split)
-            kind = {"mnist": "mnist", "fashion": "fashion_mnist", "anime": "anime"}.get(name, "emojis")
-            where = (name if name not in SETS else "drawn here" if name in ("digits", "faces-a", "faces-b") else
-                     next(filter(None, map(find, (kind, f"{kind}.tar.gz"))), DOWNLOADS))
-            n, c, h, w = images.shape
-            print(f"data     {name}: {n:,} pictures {c} x {h} x {w} ({where}){missing}", flush=True)
-            return name, images, labels, classes
         except Unavailable as e:
             if name == names.split(",")[-1]:
                 raise
-            missing += f"; {str(e).split('; put ')[0]}"
-    raise UserError("no data set was named")
+            missing += f"  (no {name}: {str(e).split('; put ')[0]})"
+            continue
+        n, c, h, w = images.shape
+        print(f"data     {name}: {n:,} pictures {c} x {h} x {w}{missing}", flush=True)
+        return name, images, labels, classes
 
 
 def to_float(x):
     """uint8 0..255 -> float32 in [-1, 1], the range of tanh."""
-    return x.float().mul(2 / 255).sub(1)
+    return x.float() * (2 / 255) - 1
 
 
 def to_uint8(x):
     """float in [-1, 1] -> uint8, rounded and clamped: the inverse of to_float."""
-    return x.float().add(1).mul(127.5).round().clamp(0, 255).byte()
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-# ---- pictures out: grids, sheets, charts, GIFs ---------------------------------------------------------------------
+# ---- pictures out --------------------------------------------------------------------------------
 
-COLOURS = [(31, 119, 180), (214, 69, 65), (44, 140, 60), (255, 140, 0), (130, 80, 180), (20, 160, 170), (130, 90, 70),
-           (220, 100, 170), (110, 110, 110), (170, 170, 30), (60, 60, 160), (0, 0, 0)]
+COLOURS = [(31, 119, 180), (214, 69, 65), (44, 140, 60), (255, 140, 0), (130, 80, 180),
+           (20, 160, 170), (130, 90, 70), (220, 100, 170), (110, 110, 110), (170, 170, 30),
+           (60, 60, 160), (0, 0, 0)]
 
 
-def font(size):
+def font(size=12):
     """Pillow's own font, so that charts look the same everywhere."""
     return ImageFont.load_default(size)
+
+
+def write(draw, place, words, size=12, anchor="lm"):
+    """Black words; anchor: which point of them is at the place, "lm" the middle of the left."""
+    draw.text(tuple(place), words, "black", font(size), anchor)
 
 
 def save(image, path):
@@ -517,421 +547,372 @@ def save(image, path):
     return path
 
 
-def as_bytes(images):
-    """(N, C, H, W) uint8 or float in [-1, 1], grey or colour -> uint8 numpy (N, H, W, 3)."""
-    x = images if images.dtype == torch.uint8 else to_uint8(images.detach())
-    return x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+def as_bytes(x):
+    """(N, C, H, W), uint8 or float in [-1, 1], grey or colour -> uint8 (N, 3, H, W) on the CPU."""
+    if x.dtype != torch.uint8:
+        x = to_uint8(x.detach())
+    return x.expand(-1, 3, -1, -1).cpu()
 
 
-def grid(images, columns, pad=2):
-    """Images (N, C, H, W) -> one Pillow image, row by row; 32 pixels and less are doubled so that one can see them."""
-    x = as_bytes(images)
-    n, h, w, _ = x.shape
-    rows = -(-n // columns)
-    page = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
-    for i in range(n):
-        top, left = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
-        page[top:top + h, left:left + w] = x[i]
-    im = Image.fromarray(page)
-    return im.resize((im.width * 2, im.height * 2), Image.Resampling.NEAREST) if h <= 32 else im
+def as_image(x):
+    """uint8 (3, H, W) -> Pillow image."""
+    return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
+
+
+def doubled(x):
+    """Pictures (N, C, H, W) of 32 pixels and less twice as large, so that one can see them."""
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3) if x.shape[2] <= 32 else x
+
+
+def grid(images, columns):
+    """Images (N, C, H, W) -> one Pillow image, row by row."""
+    x = F.pad(doubled(as_bytes(images)), (2, 2, 2, 2), value=255)
+    missing = -len(x) % columns
+    x = torch.cat([x, torch.full_like(x[:1], 255).expand(missing, -1, -1, -1)])
+    n, c, h, w = x.shape
+    page = x.view(-1, columns, c, h, w).permute(2, 0, 3, 1, 4)      # (C, rows, H, columns, W)
+    return as_image(page.reshape(c, -1, columns * w))
 
 
 def sheet(rows, path, left=(), top=(), title="", marks=()):
-    """Rows of images with words beside and above; columns whose index is in `marks` get a red frame. Saves a PNG.
-
-    Args: rows, a list of tensors (n_i, C, H, W); left, a label a row; top, a label a column."""
-    strips = [as_bytes(r) for r in rows]
-    k = 2 if strips[0].shape[1] <= 32 else 1
-    h, w = strips[0].shape[1] * k + 4, strips[0].shape[2] * k + 4
-    wide = max([font(13).getlength(s) for s in left], default=0)
-    x0, y0 = int(wide) + (12 if left else 4), (24 if title else 4) + (20 if top else 0)
-    page = Image.new("RGB", (max(x0 + w * max(len(s) for s in strips) + 4, int(font(15).getlength(title)) + 16),
-                             y0 + h * len(strips) + 4), "white")
+    """Rows of images with words beside and above, as a PNG. rows: tensors (n_i, C, H, W); left: a
+    label a row; top: a label a column; marks: columns that get a red frame."""
+    rows = [doubled(as_bytes(row)) for row in rows]
+    h, w = rows[0].shape[2] + 4, rows[0].shape[3] + 4
+    x0 = 12 + int(max([font().getlength(word) for word in left], default=-8))
+    y0 = 4 + 20 * bool(title) + 20 * bool(top)
+    width = max(x0 + w * max(map(len, rows)), 16 + int(font(15).getlength(title)))
+    page = Image.new("RGB", (width, y0 + h * len(rows)), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((8, 3), title, fill="black", font=font(15))
-    for i, strip in enumerate(strips):
-        if left:
-            draw.text((6, y0 + i * h + h / 2 - 8), left[i], fill="black", font=font(13))
-        for j, a in enumerate(strip):
-            if j in marks:
-                draw.rectangle((x0 + j * w - 1, y0 + i * h - 1, x0 + (j + 1) * w - 4, y0 + (i + 1) * h - 4), fill="red")
-            page.paste(Image.fromarray(a).resize((w - 4, h - 4), Image.Resampling.NEAREST), (x0 + j * w, y0 + i * h))
+    write(draw, (8, 12), title, 15)
     for j, word in enumerate(top):
-        draw.text((x0 + j * w + (w - 4) / 2, y0 - 4), word, fill="black", font=font(13), anchor="mb")
+        write(draw, (x0 + j * w + w / 2, y0 - 4), word, anchor="mb")
+    for i, row in enumerate(rows):
+        y = y0 + i * h
+        write(draw, (6, y + h / 2), left[i] if left else "")
+        for j, picture in enumerate(row):
+            x = x0 + j * w
+            if j in marks:
+                draw.rectangle((x - 2, y - 2, x + w - 3, y + h - 3), "red")
+            page.paste(as_image(picture), (x, y))
     return save(page, path)
 
 
-def ticks(low, high, count=5):
-    """Round numbers (1, 2 or 5 times a power of ten apart) between low and high."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def short(v):
-    """A number for an axis: 3 significant digits, 20k for 20,000."""
-    return f"{v / 1000:g}k" if abs(v) >= 1000 else f"{v:.3g}"
-
-
-def axes(draw, box, xs, ys, title, xlabel=""):
-    """Frame, ticks and title inside box (x0, y0, x1, y1); returns the map from data to pixels."""
-    x0, y0, x1, y1 = box[0] + 52, box[1] + 40, box[2] - 14, box[3] - 38
-    span = lambda v: (v[0], v[1]) if v[1] > v[0] else (v[0] - (abs(v[0]) or 1) / 2, v[0] + (abs(v[0]) or 1) / 2)
-    (xa, xb), (ya, yb) = span(xs), span(ys)
-    to = lambda x, y: (x0 + (x - xa) / (xb - xa) * (x1 - x0), y1 - (y - ya) / (yb - ya) * (y1 - y0))
-    for v in ticks(ya, yb):
-        draw.line((x0, to(xa, v)[1], x1, to(xa, v)[1]), fill=(225, 225, 225))
-        draw.text((x0 - 6, to(xa, v)[1]), short(v), fill="black", font=font(12), anchor="rm")
-    for v in ticks(xa, xb):
-        draw.line((to(v, ya)[0], y1, to(v, ya)[0], y1 + 4), fill="black")
-        draw.text((to(v, ya)[0], y1 + 6), short(v), fill="black", font=font(12), anchor="mt")
-    draw.rectangle((x0, y0, x1, y1), outline="black")
-    draw.text(((x0 + x1) / 2, box[1] + 5), title, fill="black", font=font(15), anchor="mt")
-    draw.text((x1, y1 + 21), xlabel, fill="black", font=font(12), anchor="rt")
-    return to
-
-
-def legend(draw, x, y, names):
-    """Colour keys from left to right."""
-    for k, name in enumerate(names):
-        draw.line((x, y, x + 16, y), fill=COLOURS[k % 12], width=3)
-        draw.text((x + 20, y), name, fill="black", font=font(12), anchor="lm")
-        x += 32 + font(12).getlength(name)
-
-
-def thin(values, points=300):
-    """At most `points` bin means of a sequence: what a chart of that many pixels can show."""
-    if len(values) <= points:
-        return np.asarray(values, float)
-    return np.array([np.mean(part) for part in np.array_split(np.asarray(values, float), points)])
-
-
-def curves(path, table, panels, x="step"):
-    """Line charts with axes and legends, two a row. Saves a PNG.
-
-    Args: table, name -> list of numbers; panels, [(title, [names])]; x, the name of the horizontal axis. Names that the
-    table lacks are left out; more than 300 points are averaged in bins; the axis covers the 1st to 99th percentile."""
-    panels = [(t, [n for n in names if len(table.get(n, []))]) for t, names in panels]
-    panels = [(t, names) for t, names in panels if names]
-    w, h, columns = 470, 300, min(2, len(panels))
-    page = Image.new("RGB", (w * columns, h * -(-len(panels) // columns)), "white")
-    draw, xs = ImageDraw.Draw(page), thin(table[x])
-    for k, (title, names) in enumerate(panels):
-        left, top = k % columns * w, k // columns * h
-        lines = [np.where(np.isfinite(v := thin(table[n])), v, 0) for n in names]
-        low, high = min(np.percentile(v, 1) for v in lines), max(np.percentile(v, 99) for v in lines)
-        edge = .05 * (high - low)
-        to = axes(draw, (left, top, left + w, top + h), (xs[0], xs[-1]), (low - edge, high + edge), title, x)
-        legend(draw, left + 58, top + 31, names)
-        for j, v in enumerate(lines):
-            draw.line([to(a, b) for a, b in zip(xs, v.clip(low - edge, high + edge))], fill=COLOURS[j % 12], width=2)
-    return save(page, path)
-
-
-def bars(path, names, series, title=""):
-    """Grouped bars: series {"real": [...], "generated": [...]}, one group a name. Saves a PNG."""
-    w, h = max(520, min(1600, 44 * len(names) + 90)), 330
-    page = Image.new("RGB", (w, h), "white")
-    draw, top = ImageDraw.Draw(page), max(max(v) for v in series.values()) or 1
-    to = axes(draw, (0, 0, w, h), (0, len(names)), (0, 1.1 * top), title)
-    y0, y1 = to(0, 0)[1], h
-    draw.rectangle((47, y0 + 1, w, y1), fill="white")                    # words instead of numbers below the axis
-    legend(draw, 58, 31, list(series))
-    skip = -(-len(names) // 36)                                          # 132 names would not fit
-    for j, values in enumerate(series.values()):
-        for i, v in enumerate(values):
-            a, b = i + .12 + .76 * j / len(series), i + .12 + .76 * (j + 1) / len(series)
-            draw.rectangle((to(a, 0)[0], to(0, v)[1], to(b, 0)[0], y0), fill=COLOURS[j])
-    for i, name in enumerate(names):
-        if i % skip == 0:
-            draw.text((to(i + .5, 0)[0], y0 + (6 if i // skip % 2 == 0 or len(name) < 3 else 20)), name, fill="black",
-                      font=font(12), anchor="mt")
-    return save(page, path)
-
-
-def scatter(path, xy, groups, group_names, labels=None, links=(), title="", colours=COLOURS):
-    """Points (N, 2) coloured by group, with a legend; labels {index: text} where they find room; links [(i, j)] joined."""
-    xy = np.asarray(xy, float)
-    side, top = 900, 40 + 18 * -(-len(group_names) // 6)
-    page = Image.new("RGB", (side, side + top), "white")
-    draw = ImageDraw.Draw(page)
-    draw.text((10, 6), title, fill="black", font=font(16))
-    for k, name in enumerate(group_names):
-        legend_x, legend_y = 12 + k % 6 * 145, 38 + 18 * (k // 6)
-        draw.ellipse((legend_x, legend_y - 4, legend_x + 8, legend_y + 4), fill=colours[k % 12], outline="black")
-        draw.text((legend_x + 13, legend_y), name, fill="black", font=font(12), anchor="lm")
-    p = (xy - xy.min(0)) / np.maximum(np.ptp(xy, 0), 1e-12) * (side - 110) + [55, 45 + top]
-    for i, j in links:
-        draw.line((*p[i], *p[j]), fill="black", width=2)
-    for (a, b), g in zip(p, groups):
-        draw.ellipse((a - 4, b - 4, a + 4, b + 4), fill=colours[int(g) % 12], outline=(60, 60, 60))
-    taken = []
-    for i, text in (labels or {}).items():
-        for dx, dy in [(7, -7), (7, 9), (-7, -7), (-7, 9), (12, -20), (-12, 22), (26, 0), (-26, 0), (12, 30), (-12, -32)]:
-            box = draw.textbbox((p[i][0] + dx, p[i][1] + dy), text, font=font(12), anchor="lm" if dx > 0 else "rm")
-            free = all(box[2] < b[0] or box[0] > b[2] or box[3] < b[1] or box[1] > b[3] for b in taken)
-            if free and box[0] > 2 and box[2] < side - 2:
-                draw.rectangle(box, fill="white")
-                draw.line((*p[i], p[i][0] + dx, p[i][1] + dy), fill=(120, 120, 120))
-                draw.text((p[i][0] + dx, p[i][1] + dy), text, fill="black", font=font(12), anchor="lm" if dx > 0 else "rm")
-                taken.append(box)
-                break
-    return save(page, path)
-
-
-def gif(path, files, ms=150):
-    """PNG files -> one looping GIF of at most 50 frames, the last one held."""
-    files = [files[round(i)] for i in np.linspace(0, len(files) - 1, min(50, len(files)))]
-    frames = [Image.open(f).convert("P", palette=Image.Palette.ADAPTIVE) for f in files]
+def gif(path, files):
+    """PNG files -> one looping GIF of about 40 frames, the last one held."""
+    files = files[::-1][::math.ceil(len(files) / 40)][::-1]             # the last one stays
+    frames = [Image.open(file).convert("RGB") for file in files]
     with atomic(path) as part:
         frames[0].save(part, format="GIF", save_all=True, append_images=frames[1:], loop=0,
-                       duration=[ms] * (len(frames) - 1) + [1500])
+                       duration=[150] * (len(frames) - 1) + [1500])
     return path
 
 
-# ---- running: flags, device, checkpoints, log ----------------------------------------------------------------------
+# ---- charts --------------------------------------------------------------------------------------
+
+def ticks(low, high):
+    """Round numbers, 1, 2 or 5 times a power of ten apart, between low and high."""
+    step = 10 ** math.floor(math.log10((high - low) / 2))
+    step *= max(m for m in (1, 2, 5) if step * m <= (high - low) / 2)
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+
+
+def panel(draw, top, height, title, lines):
+    """One chart at this height of a page 830 pixels wide: lines {name: (xs, ys)}. An axis covers
+    the 1st to the 99th percentile of what it shows."""
+    xs, ys = (np.concatenate([line[k] for line in lines.values()]) for k in (0, 1))
+    low = np.array([xs.min(), np.percentile(ys, 1)])
+    high = np.array([xs.max(), np.percentile(ys, 99)])
+    edge = np.maximum(1e-6 + .01 * abs(high), [0, .06 * (high - low)[1]])
+    low, high = low - edge, high + edge
+    corner, size = np.array([60, top + height - 24]), np.array([754, 68 - height])
+
+    def place(point):
+        return tuple(corner + (np.clip(point, low, high) - low) / (high - low) * size)
+    for v in ticks(low[1], high[1]):
+        draw.line((place((low[0], v)), place((high[0], v))), (225, 225, 225))
+        write(draw, (54, place((0, v))[1]), f"{v:.4g}", anchor="rm")
+    for v in ticks(low[0], high[0]):
+        write(draw, (place((v, 0))[0], corner[1] + 6), f"{v:g}", anchor="mt")
+    draw.rectangle((60, top + 44, 814, corner[1]), outline="black")
+    write(draw, (60, top + 14), title, 15)
+    x = 64
+    for (name, points), colour in zip(lines.items(), COLOURS * 3):
+        draw.line([place(point) for point in zip(*points)], colour, 2)
+        draw.line((x, top + 34, x + 16, top + 34), colour, 4)
+        write(draw, (x + 20, top + 34), name)
+        x += 34 + font().getlength(name)
+
+
+def chart(path, panels, x="step", height=230):
+    """Line charts one below the other, as a PNG. panels: [(title, {name of a line: (xs, ys)})]."""
+    page = Image.new("RGB", (830, height * len(panels) + 20), "white")
+    draw = ImageDraw.Draw(page)
+    for k, (title, lines) in enumerate(panels):
+        panel(draw, k * height, height, title, lines)
+    write(draw, (814, page.height - 10), x, anchor="rm")
+    return save(page, path)
+
+
+def curves(path, table, panels, x="step"):
+    """Panels [(title, [names])] of a table {name: numbers} as a chart; names that the table lacks
+    are left out."""
+    shown = []
+    for title, names in panels:
+        lines = {name: (table[x], table[name]) for name in names if name in table}
+        if lines:
+            shown.append((title, lines))
+    return chart(path, shown, x)
+
+
+def scatter(path, xy, groups, group_names, labels=None, links=(), title="", colours=COLOURS):
+    """Points (N, 2) in the colours of their groups, with a legend; labels {index: word}; links
+    [(i, j)] joined by a line. A PNG."""
+    xy = np.asarray(xy, float)
+    page = Image.new("RGB", (830, 890), "white")
+    draw = ImageDraw.Draw(page)
+    write(draw, (10, 14), title, 16)
+    for k, name in enumerate(group_names):
+        x, y = 12 + k % 6 * 135, 38 + 18 * (k // 6)
+        draw.ellipse((x, y - 4, x + 8, y + 4), colours[k])
+        write(draw, (x + 13, y), name)
+    points = (xy - xy.min(0)) / np.maximum(np.ptp(xy, 0), 1e-12) * [700, 760] + [40, 90]
+    for i, j in links:
+        draw.line((*points[i], *points[j]), "black", 2)
+    for (x, y), group in zip(points, groups):
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), colours[int(group)], (60, 60, 60))
+    for i, word in (labels or {}).items():
+        place = tuple(points[i] + [7, -8])
+        draw.rectangle(draw.textbbox(place, word, font(), "lm"), "white")
+        write(draw, place, word)
+    return save(page, path)
+
+
+# ---- several processes: torchrun -----------------------------------------------------------------
+
+def ranks():
+    """(rank, world) under torchrun, whose processes meet here; else (0, 1). Only rank 0 speaks."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return rank(), dist.get_world_size()
+
+
+def rank():
+    """Which process this is: 0 when it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 runs the block, then the others, who find on disk what it has put there."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank() == 0:
+        dist.barrier()
+
+
+def share():
+    """This rank's part of a batch that every rank has drawn as a whole: batch[share()]."""
+    if not dist.is_initialized():
+        return slice(None)
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def mean_gradients(opt, *_):
+    """Replace the gradients of an optimiser by their mean over all ranks."""
+    for p in opt.param_groups[0]["params"]:
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+
+
+def over_ranks(opt):
+    """The optimiser itself; under torchrun mean_gradients goes before each of its steps."""
+    if dist.is_initialized():
+        opt.register_step_pre_hook(mean_gradients)
+    return opt
+
+
+# ---- runs: command line, device ------------------------------------------------------------------
+
+def fail(why):
+    """One line on stderr, exit code 2."""
+    print(f"error: {why}", file=sys.stderr)
+    sys.exit(2)
+
 
 def run_main(main):
-    """Call main() as a command: an error of the user's is one line and exit code 2, Ctrl-C is exit code 130."""
-    plain_signals()
+    """main() as a command: an error of the user's is one line and exit code 2; Ctrl-C is 130."""
     try:
         main()
     except UserError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+        fail(" ".join(str(e).split()))
     except OSError as e:
-        sys.exit(print(f"error: {e.filename or 'file'}: {e.strerror or e}; free space or name another folder",
-                       file=sys.stderr) or 2)
+        fail(f"{e.filename or 'file'}: {e.strerror or e}; free space or name another folder")
     except KeyboardInterrupt:
+        print("\nstopped; the same command (without --resume 0) goes on from the last checkpoint")
         sys.exit(130)
 
 
-def comments(Config):
-    """Field -> the comment behind it, read from the class's own source: the one place where a flag is explained."""
-    return dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are UserErrors."""
+
+    def error(self, message):
+        raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 
-def arguments(Config, argv, presets=None, positional=None):
-    """Command line -> (config, changes): flags generated from the fields of a flat dataclass, help from their comments.
+def arguments(Config, argv=None, presets=(), hide=(), positional=""):
+    """Command line -> (name of the preset, dict of the fields that it changes).
 
-    Args: presets, name -> dict of differing fields; when given, its name is the first argument (field `preset`);
-    positional, the name of a tuple field that is given without a flag. A switch (default 0) may stand alone, as --json.
-    Returns: the Config, and a dict of what the command line named itself. Errors: UserError, one line."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
+    Flags, their choices and their help are the fields of a flat dataclass, their Literal types and
+    the comments behind them; fields in `hide` are none. The name of a preset comes first where
+    there are presets; the field `positional` takes the words without a flag."""
     parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
-        parser.add_argument("preset", choices=list(presets), metavar="PRESET", help=" ".join(presets))
-    words = comments(Config)
+        parser.add_argument("preset", choices=presets, metavar="PRESET", help=" ".join(presets))
+    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
-        word = f"{words.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
+        if f.name == "preset" or f.name in hide:
+            continue
+        words = comments[f.name].replace("%", "%%")
         if f.name == positional:
-            parser.add_argument(f.name, nargs="*", help=word)
-        elif isinstance(f.default, tuple):
-            parser.add_argument("--" + f.name.replace("_", "-"), nargs="+", default=argparse.SUPPRESS, help=word)
-        elif f.name != "preset" or not presets:
-            switch = dict(nargs="?", const=1) if f.default == 0 and type(f.default) is int else {}
-            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=argparse.SUPPRESS, help=word,
-                                **switch)
-    changes = vars(parser.parse_args(argv))
-    base = (presets or {}).get(changes.get("preset"), {})
-    return Config(**{**base, **changes}), {k: v for k, v in changes.items() if k != "preset"}
+            parser.add_argument(f.name, nargs="*", help=words)
+            continue
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
+                            help=f"{words} (default {f.default!r})", default=argparse.SUPPRESS,
+                            choices=typing.get_args(f.type) or None)
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset", "")
+    return preset, given
 
 
 def keep_memory():
-    """glibc: keep freed memory instead of handing it back, since each step's tensors would page it in anew (see make bench)."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):       # other systems have another allocator
+    """glibc keeps the memory that a step frees, or each step would page it in anew."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):       # other systems differ
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, (1 << 31) - 1)      # M_MMAP_THRESHOLD 32 MB, M_TRIM_THRESHOLD 2 GB
+        libc.mallopt(-3, 1 << 25)                   # M_MMAP_THRESHOLD: 32 MB
+        libc.mallopt(-1, (1 << 31) - 1)             # M_TRIM_THRESHOLD: 2 GB
 
 
 def device(name="auto"):
     """torch.device by name; "auto" is cuda, else mps, else cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto" and torch.backends.mps.is_available():
+        name = "mps"
+    elif name == "auto":
+        name = "cpu"
+    keep_memory()
     try:
         torch.zeros(1, device=name)
-        if torch.device(name).type == "cuda" and torch.device(name).index is not None:
-            torch.cuda.set_device(name)
-        keep_memory()
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device {name} is not there; use --device cpu") from None
 
 
-def ranks():
-    """(rank, world) under torchrun, whose processes meet here (gloo on CPUs, nccl on GPUs), else (0, 1). Rank 0 speaks."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not torch.distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.distributed.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-    return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
-
-
-def first_rank(f):
-    """f() on rank 0 and then, when its files are there, on the others."""
-    if ranks()[0] > 0:
-        torch.distributed.barrier()
-    value = f()
-    if ranks() != (0, 1) and ranks()[0] == 0:
-        torch.distributed.barrier()
-    return value
-
-
-def over_ranks(f, x):
-    """f(x), tensor (n, ...) -> tensor (n, ...) on the CPU, where each rank works on its own part of x; whole on every rank."""
-    rank, world = ranks()
-    parts = [None] * world
-    if world == 1:
-        return f(x)
-    torch.distributed.all_gather_object(parts, f(x.tensor_split(world)[rank]))
-    return torch.cat(parts)
-
-
-def use_bf16(amp, device):
-    """Whether to autocast to bfloat16: amp 1 yes, 0 no, -1 where the hardware multiplies it natively."""
-    if amp >= 0:
-        return bool(amp)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def plain_signals():
-    """Ctrl-C and a polite kill (SIGTERM) raise KeyboardInterrupt where they come."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def interrupts():
-    """A list that Ctrl-C (or a polite kill) makes non-empty, so that a loop can stop between two steps; twice stops at once.
-
-    plain_signals() ends this when the loop is over."""
-    seen = []
-
-    def note(*_):
-        seen.append(1)
-        plain_signals()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, note), signal.signal(signal.SIGTERM, note)
-    return seen
+def autocast(amp, device):
+    """A context in which convolutions run in bfloat16: amp 1 yes, 0 no, -1 where it is native."""
+    on = amp == 1
+    if amp < 0 and device.type == "cuda":
+        on = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif amp < 0 and device.type == "cpu":
+        on = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def versions():
     """What a result depends on besides the seed."""
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, pillow=PIL.__version__,
-                machine=platform.machine(), threads=torch.get_num_threads(),
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                pillow=PIL.__version__, machine=platform.machine(), gpu=gpu,
+                threads=torch.get_num_threads())
 
 
-def fingerprint(images):
-    """16 hex digits that identify a data set: sha256 of its shape and bytes."""
-    return hashlib.sha256(repr(tuple(images.shape)).encode() + images.cpu().numpy().tobytes()).hexdigest()[:16]
+# ---- runs: folder, checkpoints, log --------------------------------------------------------------
+
+def run_folder(name, cfg, changes, free):
+    """The folder of a run, out/<name>-<what was changed>, made and announced."""
+    tail = "".join(f"-{field}{value}" for field, value in changes.items() if field not in free)
+    out = Path(cfg.out or "out/" + re.sub("[/, ]", "+", name + tail))
+    need(not out.is_file(), f"--out {out} is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    v = versions()
+    print(f"run      {out}  seed {cfg.seed}  {v['gpu'] or 'CPU'}  {v['threads']} threads  "
+          f"torch {v['torch']}", flush=True)
+    return out
 
 
-def rng_state():
-    """The random states a run depends on, those of the CPU and of the device in use, for its checkpoint."""
-    state = dict(cpu=torch.get_rng_state())
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    elif torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
+def kept(cfg, out):
+    """The data sets to choose from: the one that the run in this folder began with, if it is one of
+    cfg.data, even where a better one has appeared since; else cfg.data."""
+    path, names = out / "last.pt", cfg.data.split(",")
+    if not (cfg.resume and path.is_file()):
+        return cfg.data
+    began = load_checkpoint(path).get("config", {}).get("data")
+    if began not in names:
+        return cfg.data                         # restore() will say that it is another
+    if began != names[0]:
+        print(f"data     {began}, with which this run began; --resume 0 or --out begins another")
+    return began
 
 
-def set_rng_state(state):
-    """Put back what rng_state() returned; what belongs to a device that is not here is left out."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-    elif "mps" in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"].cpu())
-
-
-def save_checkpoint(path, state):
-    """A dict of tensors and plain values -> file, atomically. (Into memory first: torch hides a full disk's error.)"""
+def save_checkpoint(path, parts, step, cfg):
+    """Networks and optimisers, step and config -> file, atomically; BlewUp if a weight is not
+    finite, and the file stays. (Into memory first: torch hides a full disk's error.)"""
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            if not all(p.isfinite().all() for p in part.parameters()):
+                raise BlewUp(step)
+    state = {name: part.state_dict() for name, part in parts.items()}
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(dict(state, step=step, config=dataclasses.asdict(cfg)), buffer)
     with atomic(path) as part:
         part.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote; weights_only, so that a file cannot run code. UserError when damaged."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint {path}: train first, or name the run's folder with --out")
+    """The dict that save_checkpoint wrote; weights_only: a file cannot run code."""
+    need(Path(path).is_file(), f"no checkpoint {path}: train first, or name the run with --out")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:                    # a damaged zip or pickle raises nearly anything
-        raise UserError(f"{path} is no readable checkpoint ({type(e).__name__}); delete it and train again") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} is no checkpoint of these scripts")
-    return state
+        return dict(torch.load(path, map_location=device, weights_only=True))
+    except Exception as e:                          # a damaged zip or pickle raises nearly anything
+        raise UserError(f"{path} is no readable checkpoint ({type(e).__name__}); delete it") from e
 
 
-def restore(parts, path, cfg, free=(), device="cpu"):
-    """A checkpoint into networks, optimisers and pools, in place; returns its step.
-
-    Fields of cfg outside `free` must be those it was trained with: UserError, as for a damaged or another file."""
+def restore(parts, path, cfg, free, device):
+    """A checkpoint into networks and optimisers, in place; returns its step, 0 if there is none.
+    With --resume 0 the run before goes. UserError where a field that is not free has changed."""
+    old = list(path.parent.glob(".*.part"))             # what a killed run left half-written
+    if not cfg.resume:
+        old += [*path.parent.glob("[0-9]" * 6 + ".png"), path.parent / "log.csv", path]
+    for file in old:
+        file.unlink(missing_ok=True)
+    if not path.is_file():
+        return 0
     state = load_checkpoint(path, device)
+    trained = state.get("config", {})
+    for name, value in dataclasses.asdict(cfg).items():
+        was = trained.get(name, value)
+        need(name in free or was == value,
+             f"{path} was trained with --{name.replace('_', '-')} {was}, not {value}; give that "
+             "flag, another --out, or --resume 0 to begin anew")
     try:
-        for k, v in dataclasses.asdict(cfg).items():
-            was = state["config"].get(k, v)
-            if k not in free and was != v and not (k == "data" and v in was.split(",")):       # a list: one of these it was
-                raise UserError(f"{path} was trained with --{k.replace('_', '-')} {was}, not {v}; give that flag, or another "
-                                "--out, or --overwrite 1")
-        if getattr(cfg, "decay", 0) and state["config"]["steps"] not in (cfg.steps, 0) and cfg.steps > state["step"] > state["config"]["steps"] / 2:
-            print(f"note     up to step {state['step']} the learning rate fell as for --steps {state['config']['steps']}: not one run of {cfg.steps}")
-        for k, part in parts.items():
-            own = [{f: g[f] for f in ("lr", "capturable") if f in g} for g in getattr(part, "param_groups", [])]
-            part.load_state_dict(state[k])
-            for group, options in zip(getattr(part, "param_groups", []), own):
-                group.update(options)                                    # the form this run needs them in
-        set_rng_state(state["rng"])
-        return state["step"]
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
-        raise UserError(f"{path} is no checkpoint of this model ({str(e).splitlines()[0]}); name another --out") from None
-
-
-def finite(*nets):
-    """Whether every weight of the networks is a number."""
-    return torch.stack([p.detach().sum() for net in nets for p in net.parameters()]).isfinite().all().item()
-
-
-def command(out, trains):
-    """The command line to repeat a run with: this one, or, when it only evaluates, the one that result.json has."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if not trains:
-            return json.loads((Path(out) / "result.json").read_text())["command"]
-    return "python " + " ".join(sys.argv)
-
-
-OUTPUTS = ["[0-9]" * 6 + ".png", "classes*.png"] + (
-    "conditions.png curves.png interpolation.png noise.png pairs.png prompt.png sweep.png sweep-curves.png sweep.md "
-    "translations.png truncation.png tsne.png training.gif samples.npy labels.npy log.csv last.pt result.json").split()
-
-
-def open_run(out, resume=0, overwrite=0):
-    """Make the run's folder. A folder that holds a run is refused unless resume or overwrite (which clears it)."""
-    out = Path(out)
-    held = [f for pattern in OUTPUTS for f in out.glob(pattern)]
-    if held and not (resume or overwrite):
-        raise UserError(f"{out} holds a run already: --resume 1 goes on with it, --overwrite 1 replaces it, --out names another")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic(out / ".writable") as part:
-            part.touch()
-        (out / ".writable").unlink()
-    except OSError as e:
-        raise UserError(f"cannot write to {out} ({e.strerror}); name another folder with --out") from None
-    if overwrite and not resume:
-        for f in held:
-            f.unlink()
-    return out
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise UserError(f"{path} is no checkpoint of this model ({str(e).splitlines()[0]})") from e
+    if trained.get("decay") and state["step"] < cfg.steps != trained["steps"]:
+        print(f"note     until step {state['step']} the learning rate fell as for --steps "
+              f"{trained['steps']}: this is not one run of {cfg.steps}")
+    return state["step"]
 
 
 def clock(seconds):
@@ -940,156 +921,142 @@ def clock(seconds):
 
 
 class Log:
-    """log.csv and the progress line. Opened at step `start` it keeps the rows up to there, so a resumed run has one log."""
+    """log.csv and the line on the screen. Opened at step `start`, it keeps the rows up to there.
 
-    def __init__(self, folder, total, start=0, writes=True):
-        self.writes = writes                                             # False on all ranks but the first
-        self.path, self.total, self.table, self.begun, self.before = Path(folder) / "log.csv", total, {}, start, 0.0
+    rows: a dict a logged step."""
+
+    def __init__(self, out, total, start=0):
+        self.path, self.total, self.start = out / "log.csv", total, start
+        self.rows = []
         if start and self.path.exists():
-            with open(self.path, newline="") as f:
-                rows = [r for r in csv.DictReader(f) if None not in r.values() and None not in r]
-            for r in rows:
-                if int(float(r["step"])) <= start:
-                    for k, v in r.items():
-                        self.table.setdefault(k, []).append(float(v))
-            self.before = self.table.get("seconds", [0.0])[-1]
-        if writes and (self.table or not start):
-            text = "".join(",".join(f"{v:.6g}" for v in row) + "\n" for row in zip(*self.table.values()))
-            write_text(self.path, ",".join(self.table) + "\n" + text if self.table else "")
-        self.clock = time.monotonic()
+            for row in csv.DictReader(self.path.read_text().splitlines()):
+                if float(row["step"]) <= start:
+                    self.rows.append({name: float(value) for name, value in row.items()})
+        self.before = self.rows[-1]["seconds"] if self.rows else 0.
+        self.begun = self.then = time.monotonic()
+        self.last = start
 
-    @property
-    def seconds(self):
-        """Seconds of training so far, those before a resume included."""
-        return self.before + time.monotonic() - self.clock
+    def table(self):
+        """Name of a column -> its numbers."""
+        names = self.rows[0] if self.rows else ()
+        return {name: [row[name] for row in self.rows] for name in names}
 
-    def write(self, step, rate, **numbers):
-        """One row to log.csv and one aligned line to the screen; `rate` is images/s. Numbers are floats."""
-        row = dict(step=step, **numbers, seconds=self.seconds)
-        head = "" if self.table else ",".join(row) + "\n"
-        for k, v in row.items():
-            self.table.setdefault(k, []).append(float(v))
-        if not self.writes:
-            return
-        with open(self.path, "a") as f:
-            f.write(head + ",".join(f"{v:.6g}" for v in row.values()) + "\n")
-        left = (time.monotonic() - self.clock) / max(step - self.begun, 1) * (self.total - step)
-        print(f"step {step:>{len(str(self.total))}}/{self.total}  " + "  ".join(f"{k} {v:7.3f}" for k, v in numbers.items()) +
-              f"  {rate:7.0f} img/s  {clock(left):>5} left", flush=True)
+    def write(self, step, batch, **numbers):
+        """One row to log.csv, one aligned line to the screen. numbers: 0-d tensors, fetched from
+        the device in one go; batch: pictures a step. BlewUp unless all of them are finite."""
+        values = torch.stack([v.detach().float() for v in numbers.values()])
+        if not values.isfinite().all():
+            raise BlewUp(step)
+        numbers = dict(zip(numbers, values.tolist()))
+        now = time.monotonic()
+        speed = (step - self.last) * batch / (now - self.then)
+        left = (now - self.begun) / (step - self.start) * (self.total - step)
+        self.then, self.last = now, step
+        self.rows.append(dict(step=step, **numbers, seconds=self.before + now - self.begun))
+        lines = [",".join(self.rows[0])]
+        for row in self.rows:
+            lines.append(",".join(f"{value:.6g}" for value in row.values()))
+        write_text(self.path, "\n".join(lines) + "\n")
+        words = "  ".join(f"{name} {value:7.3f}" for name, value in numbers.items())
+        print(f"step {step:>{len(str(self.total))}}/{self.total}  {words}  {speed:6.0f} img/s  "
+              f"{clock(left)} left", flush=True)
 
 
-# ---- several runs on one sheet -------------------------------------------------------------------------------------
+def finish(out, cfg, log, nets, metrics, panels, headline, **more):
+    """The end of every run: curves.png, training.gif, result.json; the headline comes last."""
+    seconds = 0.
+    if log.rows:
+        seconds = log.rows[-1]["seconds"]
+        curves(out / "curves.png", log.table(), panels)
+        gif(out / "training.gif", sorted(out.glob("[0-9]" * 6 + ".png")))
+    write_json(out / "result.json", dict(
+        command="python " + " ".join(sys.argv), config=dataclasses.asdict(cfg), versions=versions(),
+        parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
+        seconds=seconds, metrics=metrics, headline=headline, **more))
+    names = sorted(p.name for p in out.glob("[a-z]*"))
+    print(f"wrote    {out}: {' '.join(names)}")
+    print(headline)
+
+
+# ---- several runs on one sheet -------------------------------------------------------------------
+
+def read_run(folder):
+    """(name, result.json, picture of the last samples, log as columns) of a run."""
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is no finished run (no result.json); train it first") from None
+    picture = Image.new("RGB", (400, 400), "white")             # if it blew up before the first
+    for path in sorted(folder.glob("[0-9]" * 6 + ".png")):
+        picture = Image.open(path).convert("RGB")
+    return folder.name, record, picture, Log(folder, 0, record["step"]).table()
+
+
+def short(value):
+    """A number for a table: 4 digits; of anything else, nothing."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
 
 def compare(folders, out):
-    """Last samples, curves and metrics of several runs: out.png, and out.md with one row a run. Returns the table."""
-    runs = []
-    for folder in map(Path, folders):
-        try:
-            record = json.loads((folder / "result.json").read_text())
-            record["samples"] = sorted(folder.glob("[0-9]*.png"))[-1]
-            runs.append((folder, record))
-        except (OSError, ValueError, IndexError):
-            raise UserError(f"{folder} is no finished run (no result.json or no samples); train it first") from None
-    names = list(dict.fromkeys(k for _, r in runs for k, v in r["metrics"].items() if isinstance(v, (int, float))))
-    show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
-    table = ["| run | parameters G / D | steps | seconds | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]
-    for folder, r in runs:
-        table.append(f"| {folder.name} | {r['parameters']['G']:,} / {r['parameters']['D']:,} | {r['step']:,} | "
-                     f"{r['seconds']:.0f} | " + " | ".join(show(r["metrics"].get(k)) for k in names) + " |")
-    w, columns = 420, min(5, len(runs))
-    page_rows, shown = -(-len(runs) // columns), [k for k in names if k not in ("n", "n_real", "floor_n", "classes", "kid")]
-    block = 24 + w + 420 + 18 * len(shown) + 10
-    page = Image.new("RGB", (w * columns, block * page_rows), "white")
+    """Several runs: last samples on <out>.png, curves on <out>-curves.png, numbers in <out>.md.
+    Returns the table, Markdown, a row a run."""
+    runs = [read_run(folder) for folder in folders]
+    names = list(dict.fromkeys(k for run in runs for k, v in run[1]["metrics"].items() if short(v)))
+    table = ["| run | steps | seconds | " + " | ".join(names) + " |"]
+    table.append("|---" * (3 + len(names)) + "|")
+    lines = {}
+    page = Image.new("RGB", (830, 475 * math.ceil(len(runs) / 2)), "white")
     draw = ImageDraw.Draw(page)
-    for i, (folder, r) in enumerate(runs):
-        x, y = i % columns * w, i // columns * block
-        draw.text((x + 8, y + 3), folder.name, fill="black", font=font(16))
-        for file, top, high in ((r["samples"], 24, w - 10), (folder / "curves.png", 24 + w, 410)):
-            if file.exists():
-                im = Image.open(file).convert("RGB")
-                im.thumbnail((w - 10, high))
-                page.paste(im, (x + 5, y + top))
-        for k, name in enumerate(shown):
-            draw.text((x + 8, y + 24 + w + 416 + 18 * k), f"{name}  {show(r['metrics'].get(name))}", fill="black", font=font(13))
+    for k, (name, record, picture, log) in enumerate(runs):
+        numbers = [record["step"], round(record["seconds"])]
+        numbers += [record["metrics"].get(metric) for metric in names]
+        table.append(f"| {name} | " + " | ".join(short(v) for v in numbers) + " |")
+        for column in set(log) - {"step", "seconds"}:
+            lines.setdefault(column, {})[name] = log["step"], log[column]
+        x, y = 415 * (k % 2) + 6, 475 * (k // 2)
+        write(draw, (x, y + 12), name, 15)
+        write(draw, (x, y + 32), record["headline"][:64])
+        picture.thumbnail((400, 420))
+        page.paste(picture, (x, y + 46))
     save(page, f"{out}.png")
+    if lines:
+        chart(f"{out}-curves.png", sorted(lines.items()))
     write_text(f"{out}.md", "\n".join(table) + "\n")
     return "\n".join(table)
 
 
-def figure(path, files, height=420, colours=160):
-    """Pictures side by side at one height, with few enough colours for a README. Saves a PNG, or a GIF of one after another."""
-    try:
-        parts = [Image.open(f).convert("RGB") for f in files]
-    except OSError as e:
-        raise UserError(f"{e.filename} is missing: make its run first") from None
-    height = min(height, max(p.height for p in parts))
-    parts = [p.resize((round(p.width * height / p.height), height), Image.Resampling.LANCZOS) if p.height != height else p for p in parts]
-    if str(path).endswith(".gif"):
-        parts = [p.quantize(24) for p in parts]
-        with atomic(path) as part:
-            parts[0].save(part, format="GIF", save_all=True, append_images=parts[1:], loop=0, duration=[300] * (len(parts) - 1) + [2500])
-        return path
-    page = Image.new("RGB", (sum(p.width + 8 for p in parts) - 8, height), "white")
-    for i, p in enumerate(parts):
-        page.paste(p, (sum(q.width + 8 for q in parts[:i]), 0))
-    return save(page.quantize(colours), path)
+def strips(path, folders, columns=8):
+    """The top row of each run's last grid of 64 pictures, a row a run with its name. A PNG."""
+    rows, left = [], []
+    for folder in folders:
+        name, record, picture, _ = read_run(folder)
+        row = picture.crop((0, 0, picture.width, picture.width // columns)).resize((640, 80))
+        rows.append(torch.from_numpy(np.array(row)).permute(2, 0, 1)[None])
+        left.append(f"{name}, {record['step']:,} steps")
+    return sheet(rows, path, left)
 
 
-def results(folders, readme="README.md"):
-    """The README's table between its two markers, from the result.json of finished runs; means over runs <name>-s<seed>.
-
-    What a row shows is the comment of its target in the Makefile."""
-    about = dict(re.findall(r"^([\w-]+):[^#\n]*## (?:\d+ min: )?([^(\n]*)", Path("Makefile").read_text(), re.M))
-    groups = {}
-    for folder in map(Path, folders):
-        try:
-            groups.setdefault(re.sub(r"-s\d+$", "", folder.name), []).append(json.loads((folder / "result.json").read_text()))
-        except (OSError, ValueError):
-            raise UserError(f"{folder} is no finished run (no result.json); train it first") from None
-    lines = ["| run | what it shows | result | minutes | machine, seed |", "|---|---|---|---|---|"]
-    for name, runs in groups.items():
-        r, seeds = runs[0], ", ".join(str(r["config"]["seed"]) for r in runs)
-        shows = about.get(name) or about.get(r.get("preset") or r["config"].get("model")) or name
-        fids = [r["metrics"]["fid"] for r in runs if "fid" in r["metrics"]]
-        spread = f" FID over {len(fids)} seeds: {np.mean(fids):.3g} +- {np.std(fids, ddof=1):.2g}." if len(fids) > 1 else ""
-        v = r["versions"]
-        where = {"cuda": v["gpu"], "cpu": f"{v['machine']} CPU, {v['threads']} thread(s)"}.get(r["device"].split(":")[0], r["device"])
-        lines.append(f"| `{r['command']}` | {shows.strip()} | {r['headline']}.{spread} | "
-                     f"{np.mean([r['seconds'] for r in runs]) / 60:.1f} | {where}, {seeds} |")
-    bench = Path("out/bench/table.md")
-    for marker, table in (("results", "\n".join(lines)), ("bench", bench.read_text().strip() if bench.exists() else None)):
-        before, _, rest = Path(readme).read_text(encoding="utf-8").partition(f"<!-- {marker} -->\n")
-        if table is not None and rest:
-            write_text(readme, f"{before}<!-- {marker} -->\n{table}\n<!-- end -->" + rest.partition("<!-- end -->")[2])
-        elif marker == "results":
-            raise UserError(f"{readme} has no line <!-- results --> to put the table under")
-    return "\n".join(lines)
-
-
-def main():
-    """The command line: show, compare, results, figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = parser.add_subparsers(dest="do", required=True)
-    p = sub.add_parser("show", help="a page of a data set")
-    p.add_argument("name"), p.add_argument("out"), p.add_argument("--size", type=int, default=32)
-    p = sub.add_parser("compare", help="several runs on one sheet")
-    p.add_argument("runs", nargs="+"), p.add_argument("--out", default="out/compare")
-    p = sub.add_parser("results", help="the README's table from finished runs")
-    p.add_argument("runs", nargs="+")
-    p = sub.add_parser("figure", help="pictures side by side, small enough for a README")
-    p.add_argument("out"), p.add_argument("files", nargs="+"), p.add_argument("--height", type=int, default=420)
-    p.add_argument("--colours", type=int, default=160)
-    a = parser.parse_args()
-    if a.do == "figure":
-        print(f"wrote {figure(a.out, a.files, a.height, a.colours)}")
-    elif a.do == "results":
-        print(results(a.runs) + "\nwrote README.md")
-    elif a.do == "show":
-        images = choose(a.name, a.size)[1]
-        save(grid(images[:: max(1, len(images) // 100)][:100], 10), a.out)
-        print(f"wrote {a.out}")
+def main(argv=None):
+    """The command line: show, compare, strips."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=["show", "compare", "strips"])
+    parser.add_argument("words", nargs="+", help="NAME FILE.png | RUN ... | FILE.png RUN ...")
+    parser.add_argument("--out", default="out/compare", help="of compare, without .png")
+    parser.add_argument("--size", type=int, default=32, help="of show, pixels a side")
+    a = parser.parse_args(argv)
+    first, *others = a.words
+    need(others or a.do == "compare", "name a picture to write to and what it is to show")
+    if a.do == "show":
+        _, images, _, _ = choose(first, a.size)
+        print("wrote", save(grid(images[:: max(1, len(images) // 100)][:100], 10), others[0]))
+    elif a.do == "strips":
+        print("wrote", strips(first, others))
     else:
-        print(compare(a.runs, a.out) + f"\nwrote {a.out}.png and {a.out}.md")
+        print(compare(a.words, a.out))
+        print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")
 
 
 if __name__ == "__main__":

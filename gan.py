@@ -1,305 +1,375 @@
-"""gan.py: generative adversarial networks in one file: DCGAN, LSGAN, WGAN, hinge; conditions; regularisers.
+"""gan.py: generative adversarial networks in one file: DCGAN, LSGAN, WGAN, conditions, penalties.
 
-    python gan.py dcgan                                   digits from noise, MNIST or digits drawn here
-    python gan.py text2img --resume 1 --steps 0 --prompt "blue hair green eyes"
+    python gan.py dcgan                                      digits from noise
+    python gan.py emoji --modern 1                           as one would do it today
+    python gan.py text2img --prompt "blue hair green eyes"   faces as asked, once it is trained
+    torchrun --nproc-per-node 2 gan.py dcgan                 two processes share each batch
 
-Two networks play (Goodfellow 2014, eq. 1):  min_G max_D  E_x[log D(x)] + E_z[log(1 - D(G(z)))].
-D tells real x from x_fake = G(z); G makes D err. Here D returns logits, D(x) in the papers is sigmoid(logit), and every
-loss below is what is MINIMISED, averaged over the batch. Read on in the order of a lecture: config and presets,
-networks, losses, regularisers, one training loop, evaluation.
+Two networks play (Goodfellow 2014, eq. 1):  min_G max_D E_x[log D(x)] + E_z[log(1 - D(G(z)))].
+D tells real x from x_fake = G(z); G makes D err. Here D returns logits (D(x) in the papers is
+sigmoid(logit)), pictures are in [-1, 1], and a loss is what is MINIMISED, a mean over the batch.
+Given a condition c (N, K), G reads z and c side by side; D sees c as K more planes of the picture,
+or answers (N, 1 + K): column 0 is real or fake, the others name what is in the picture. Without a
+condition c is (N, 0), and nothing is added anywhere. Read on in the order of the lecture: config,
+networks, losses, restraints on D, experiments, the game, what was drawn.
 
-Measured with torch 2.13 on ONE thread of an AMD EPYC (Zen 5), bfloat16, other work beside it; FID on features of fid.py's
-classifier, n = 10000, the real-vs-real floor in brackets; seeds 0, 1, 2 where there are three numbers, else 0:
-    dcgan                               MNIST, 2.4 min: FID 1.71, 2.28, 2.47 (0.04); float32 1.70, 2.36, 2.05
-    speedrun                            0.40, 0.38, 0.42 (46 steps/s on 2 idle cores: 2.5 min);  --steps 17500: 0.27, 0.32, 0.29 (6.3 min)
-    course                              the course's setting, --steps 7000: 2.56, 3.85, 3.48;  --steps 17500: 1.66, 2.14, 1.83
-    cwgan --steps 1200                  Fashion-MNIST: 80.7% of the clothes are what was asked for, FID 2.25 (0.02)
-    text2img --steps 1800               anime faces: hair 88%, eyes 79% as asked
-    text2img --data faces-a --steps 1900    drawn faces: hair 100%, eyes 97%
+MEASURE
+Two processes equal one only where a picture's loss depends on no other picture and on no noise of
+its own (mlp --bn none): batch norm, --gp and --augment see or draw what their process has.
 """
-import copy, dataclasses, re, sys, time
+import copy
+import re
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Literal
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 import data
 import fid
-from data import UserError, to_float, to_uint8
+from data import EYES, FACES, HAIR, need, to_float, to_uint8
 
+
+# ---- config --------------------------------------------------------------------------------------
 
 @dataclass
-class Config:
+class GANConfig:
+    """What a run is. A field is a flag and its comment the flag's help, but for channels and heads,
+    which come from the data."""
     preset: str = "dcgan"           # row of PRESETS
+    modern: int = 0                 # 1: as one would do it today, MODERN over the preset
     data: str = "mnist,digits"      # data sets in order of preference, or a folder of pictures
-    net: str = "dcgan"              # table of NETS
-    size: int = 32                  # picture side in pixels
-    channels: int = 1               # 1 grey, 3 colour; a run takes it from its data
+    net: Literal["dcgan", "emoji", "anime", "mnist28", "mlp"] = "dcgan"     # networks, see below
+    channels: int = 1               # of a picture
+    heads: tuple = ()               # sizes of the condition's one-hots: (12, 11) for hair and eyes
     z: int = 16                     # dimension of the noise z
     h: int = 16                     # width of the networks
-    noise: str = "normal"           # law of z: normal, uniform (-1, 1), uniform01
-    act: str = ""                   # one activation everywhere: relu, leaky, selu; empty: the table's own
-    bn: str = "both"                # networks that keep their batch norm: both, G, D, none
-    raw: int = 0                    # 1: pictures as 0..255, no tanh, no batch norm (the bad example)
-    loss: str = "bce"               # bce, saturating, lsgan, wgan, hinge
-    clip: float = 0.0               # clip D's weights to [-clip, clip] after each D step
-    gp: float = 0.0                 # weight of the gradient penalty
-    r1: float = 0.0                 # gamma of the R1 penalty
-    r1_every: int = 8               # G steps between two R1 penalties, each then counted that many times
-    sn: int = 0                     # 1: spectral norm in D
-    cond: str = "none"              # condition: none, planes (one-hot to z and as image planes), ac (auxiliary classifier)
-    classes: int = 0                # classes of the condition (132: 12 hair x 11 eye colours); a run takes it from its data
-    ac: float = 1.0                 # weight of the auxiliary classifier's loss
+    d_h: int = 0                    # width of D; 0: the same
+    noise: Literal["normal", "uniform", "uniform01"] = "normal"     # z: N(0, I), U(-1, 1), U(0, 1)
+    init: Literal["normal", "default"] = "normal"   # weights: N(0, 0.02), or as torch draws them
+    act: Literal["", "relu", "leaky", "selu"] = ""  # this activation everywhere
+    bn: Literal["both", "G", "D", "none"] = "both"  # networks that keep their batch norm
+    sn: Literal["none", "D", "both"] = "none"       # networks with spectral norm
+    raw: int = 0                    # 1: pictures as 0..255 and no tanh (without batch norm: --bn)
+    cond: Literal["none", "planes", "ac"] = "none"  # D sees the condition as planes, or names it
+    loss: Literal["bce", "saturating", "lsgan", "wgan", "relativistic"] = "bce"     # row of LOSSES
+    clip: float = 0.                # clip D's weights to [-clip, clip] after each D step
+    gp: float = 0.                  # weight of the gradient penalty
+    r1: float = 0.                  # gamma of the R1 penalty, on real pictures
+    r2: float = 0.                  # gamma of the R2 penalty, the same on fakes
+    penalty_every: int = 16         # steps from one R1 or R2 to the next, so many times as large
+    augment: int = 0                # 1: D sees all pictures with random colours and shifts
     d_steps: int = 1                # D steps a G step, each on new real pictures
-    g_opt: str = "adam"             # optimiser of G: adam, rmsprop, sgd
-    d_opt: str = "adam"             # optimiser of D: adam, rmsprop, sgd
-    lr: float = 1e-3                # learning rate of G
-    d_lr: float = 0.0               # learning rate of D; 0: that of G
+    fresh: int = 0                  # 1: new noise in G's step (course B); 0: D's fakes (course A)
+    g_opt: Literal["adam", "rmsprop", "sgd"] = "adam"       # optimiser of G
+    d_opt: Literal["adam", "rmsprop", "sgd"] = "adam"       # optimiser of D
+    lr: float = 2e-4                # learning rate
+    d_lr: float = 0.                # learning rate of D; 0: the same
     beta1: float = 0.5              # Adam's first moment decay
     beta2: float = 0.999            # Adam's second moment decay
-    decay: int = 1                  # 1: learning rates fall linearly to 0 over the second half
-    ema: float = 0.0                # sample from an average of G's weights with this decay; 0: from G itself
+    decay: int = 0                  # 1: learning rates fall linearly to 0 over the second half
+    ema: float = 0.                 # draw samples with an average of G's weights of this decay
     batch: int = 64                 # pictures a batch
-    steps: int = 5000               # generator steps; 0: evaluate only
+    steps: int = 5000               # steps of G; 0: only evaluate the checkpoint
     seed: int = 0                   # seed of weights, batches and noise
     device: str = "auto"            # auto, cuda, mps, cpu
     amp: int = -1                   # bfloat16 autocast: 1 on, 0 off, -1 where the hardware has it
-    graph: int = 0                  # 1: replay each step as one CUDA graph (one GPU, Adam; tested without a GPU only)
-    samples: int = 10000            # pictures drawn for the metrics
-    show: str = "all"               # what to evaluate: all, metrics, interp, dump
     log_every: int = 50             # steps between two lines of the log
     sample_every: int = 500         # steps between two sample grids and checkpoints
+    samples: int = 10000            # pictures drawn for the metrics
     out: str = ""                   # folder of the run; empty: out/<preset>-<what differs>
-    resume: int = 0                 # 1: go on from the folder's checkpoint, if there is one
-    overwrite: int = 0              # 1: replace the run in the folder
-    dump: int = 0                   # write this many samples as samples.npy (uint8 N x H x W x C)
-    prompt: str = ""                # text2img: "blue hair green eyes" gives a row of such faces
+    resume: int = 1                 # 0: begin anew where the folder has a checkpoint
+    dump: int = 0                   # write so many samples to samples.npy (uint8, N H W C) as well
+    prompt: str = ""                # text2img: only draw a row of "blue hair green eyes"
 
 
-EMOJI = dict(data="emoji-apple,faces-a", net="emoji", channels=3, z=100, h=32, noise="uniform", loss="lsgan", lr=3e-4,
-             decay=0, batch=32, steps=5000, sample_every=500)
-ANIME = dict(data="anime,faces-a", net="anime", size=64, channels=3, z=100, h=64, lr=2e-4, decay=0, steps=2000,
+ANIME = dict(data="anime,faces-a", net="anime", channels=3, z=100, h=64, steps=2000,
              log_every=25, sample_every=250)
-PRESETS = {  # name -> fields that differ                                  what it is, and where it comes from
-    "dcgan": {},                                                         # DCGAN (Radford 2016) as a course's MNIST exercise,
-    "course": dict(lr=2e-4, decay=0),                                    # ... with its own constant learning rate
-    "speedrun": dict(bn="G", r1=1., r1_every=16, lr=2e-3, beta1=0., beta2=.99, ema=.998,     # ... as good as 2.5 minutes
-                     steps=7000),                                        # allow; R1 (Mescheder 2018) instead of D's batch norm
-    "mlp": dict(net="mlp", h=128),                                       # fully connected, as Goodfellow 2014
-    "emoji": EMOJI,                                                      # least squares (Mao 2017) on emojis
-    "anime": ANIME,                                                      # DCGAN at 64 x 64
-    "wgan": dict(ANIME, loss="wgan", clip=.01, d_opt="rmsprop", d_steps=5, steps=600),    # Arjovsky 2017, algorithm 1
-    "text2img": dict(ANIME, cond="ac", classes=132),                     # hair and eye colour; ACGAN (Odena 2017)
-    "mnist28": dict(net="mnist28", size=28, z=100, h=32, lr=2e-4, decay=0),
-    "cwgan": dict(net="mnist28", size=28, z=100, h=32, data="fashion,digits", cond="planes", classes=10, loss="wgan",
-                  gp=10., bn="G", d_steps=5, lr=5e-4, beta1=0., beta2=.9, steps=1500,
-                  sample_every=250),                                     # Gulrajani 2017; no BN in the critic (sec. 4)
-    "cwgan-clip": dict(net="mnist28", size=28, z=100, h=32, data="fashion,digits", cond="planes", classes=10, loss="wgan",
-                       clip=.01, d_opt="rmsprop", d_steps=5, lr=2e-4, decay=0, steps=3000),
+PRESETS = {  # the fields that differ
+    # Radford 2016, course A (with its own rate: --lr 2e-4 --decay 0); and the best that four
+    # minutes allow: R1 in place of D's batch norm
+    "dcgan": dict(lr=1e-3, decay=1),
+    "speedrun": dict(bn="G", r1=1., lr=2e-3, beta1=0., beta2=.99, decay=1, ema=.998, steps=7000),
+    # Goodfellow 2014; course A
+    "mlp": dict(net="mlp", h=128, lr=1e-3, decay=1),
+    # Mao 2017; courses B and C
+    "emoji": dict(data="emoji-apple,faces-a", net="emoji", channels=3, z=100, h=32, d_h=64,
+                  noise="uniform", loss="lsgan", init="default", fresh=1, lr=3e-4, batch=32),
+    # Radford 2016, Arjovsky 2017, Odena 2017; course D
+    "anime": ANIME,
+    "wgan": dict(ANIME, loss="wgan", clip=.01, d_opt="rmsprop", d_steps=5, steps=600),
+    "text2img": dict(ANIME, cond="ac", heads=(12, 11)),
+    # Course E; and Gulrajani 2017, without batch norm in the critic (sec. 4)
+    "mnist28": dict(net="mnist28", z=100, h=32, init="default"),
+    "cwgan": dict(data="fashion,digits", net="mnist28", z=100, h=32, init="default",
+                  cond="planes", heads=(10,), loss="wgan", gp=10., bn="G", d_steps=5, lr=5e-4,
+                  beta1=0., beta2=.9, decay=1, steps=1500, sample_every=250),
 }
-# Fields that say where and how long, not what is trained: they neither name the folder nor forbid a resume.
-FREE = {"preset", "steps", "device", "amp", "graph", "samples", "show", "log_every", "sample_every", "out", "resume", "overwrite", "dump",
-        "prompt"}
+# What one would do today, on any preset's networks and data: Huang 2024, a relativistic loss with
+# R1 and R2 in place of D's batch norm, and the augmentation of Zhao 2020.
+MODERN = dict(loss="relativistic", r1=.3, r2=.3, penalty_every=4, gp=0., clip=0., sn="none",
+              bn="G", augment=1, init="normal", d_steps=1, fresh=0, g_opt="adam", d_opt="adam",
+              lr=5e-4, d_lr=0., beta1=0., beta2=.99, decay=0, ema=.998)
+# Fields that say how long and where, not what is trained: a resume may change them.
+FREE = {"preset", "steps", "device", "amp", "log_every", "sample_every", "samples", "out", "resume",
+        "dump", "prompt"}
 
 
-# ---- networks ------------------------------------------------------------------------------------------------------
-# One line a layer: kind, channels (h: width, c: picture channels, 1: the logit), kernel, stride, padding, then what
-# follows it. `up` is nearest upsampling x 2 and a convolution. Sizes: ConvT (i - 1) s - 2p + k; Conv (i + 2p - k) / s + 1.
-NETS = {
-    "dcgan": dict(size=32, bias_G=True, G="""
-        convT 4h 4 1 0 bn relu      # 1 -> 4
-        convT 2h 4 2 1 bn relu      # 8
-        convT  h 4 2 1 bn relu      # 16
-        convT  c 4 2 1 tanh         # 32""", D="""
-        conv  h 4 2 1 leaky         # 32 -> 16
-        conv 2h 4 2 1 bn leaky      # 8
-        conv 4h 4 2 1 bn leaky      # 4
-        conv  1 4 1 0               # 1: the logit"""),
-    # P = ((D_y - 1) S + K - D_x) / 2, rounded up, for 32 -> 16 -> 8 -> 4 -> 1: paddings 2, 2, 2, 1
-    "emoji": dict(size=32, G="""
-        conv 64h 1 1 0 bn relu view # (2048, 1, 1) read as (128, 4, 4)
-        up   2h 5 1 2 bn relu       # 8
-        up    h 5 1 2 bn relu       # 16
-        up    c 5 1 2 tanh          # 32""", D="""
-        conv  h 5 2 2 bn relu       # 16
-        conv 2h 5 2 2 bn relu       # 8
-        conv 4h 5 2 2 bn relu       # 4
-        conv  1 5 2 1               # 1"""),
-    "anime": dict(size=64, G="""
-        convT 8h 4 1 0 bn leaky     # 1 -> 4
-        convT 4h 4 2 1 bn leaky     # 8
-        convT 2h 4 2 1 bn leaky     # 16
-        convT  h 4 2 1 bn leaky     # 32
-        convT  c 4 2 1 tanh         # 64""", D="""
-        conv  h 4 2 1 leaky         # 64 -> 32
-        conv 2h 4 2 1 bn leaky      # 16
-        conv 4h 4 2 1 bn leaky      # 8
-        conv 8h 4 2 1 bn leaky      # 4
-        conv  1 4 1 0               # 1"""),
-    "mnist28": dict(size=28, bias_last=True, G="""
-        convT 8h 4 2 1 bn relu      # 1 -> 2
-        convT 4h 4 2 1 bn relu      # 4
-        convT 2h 4 2 1 bn relu      # 8
-        convT  h 4 2 1 bn relu      # 16
-        convT  c 2 2 2 tanh         # 28""", D="""
-        conv  h 2 2 2 leaky.02      # 28 -> 16
-        conv 2h 4 2 1 bn leaky.02   # 8
-        conv 4h 4 2 1 bn leaky      # 4
-        conv 8h 4 2 1 bn leaky      # 2
-        conv  1 4 2 1               # 1"""),
-    "mlp": dict(size=0, bias_G=True, bias_D=True, G="""
-        fc 2h bn relu
-        fc 4h bn relu
-        fc 8h bn relu
-        fc  c tanh""", D="""
-        fc 4h leaky
-        fc 2h leaky
-        fc  h leaky
-        fc  1"""),
-}
-NETS["emoji-k4"] = dict(NETS["emoji"], G=NETS["emoji"]["G"].replace("conv 64h 1 1 0 bn relu view", "conv 4h 4 1 3 bn relu"))
-ACTIVATIONS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(.2), "leaky.02": lambda: nn.LeakyReLU(.02), "selu": nn.SELU,
-               "tanh": nn.Tanh}
+# ---- networks: a function a system, made of nothing but torch ------------------------------------
+# z: length of the noise; h: width; c: channels of a picture; out: how many numbers D answers. At
+# the right stands the side of the picture behind a layer: of i pixels a convolution makes
+# (i + 2p - k) / s + 1, a transposed one (i - 1) s - 2p + k.
 
-
-def stack(table, c_in, h, c, size, bias=False, bias_last=False, bn=True, act="", raw=False):
-    """A table of NETS -> nn.Sequential. c_in: channels (fc: numbers) that go in; `c` and `1` in the
-    table both stand for the argument c: picture channels in G, 1 (and the class logits) in D."""
-    rows, layers = [line.split("#")[0].split() for line in table.strip().splitlines()], []
-    for i, (kind, width, *rest) in enumerate(rows):
-        c_out = c if width in ("c", "1") else int(width[:-1] or 1) * h
-        b = bias or (bias_last and i == len(rows) - 1)
-        if kind == "fc":
-            c_out = c_out * size * size if width == "c" else c_out
-            layers += ([nn.Flatten()] if i == 0 else []) + [nn.Linear(c_in, c_out, bias=b)]
-        else:
-            k, s, p = map(int, rest[:3])
-            layers += [nn.Upsample(scale_factor=2)] if kind == "up" else []
-            layers += [(nn.ConvTranspose2d if kind == "convT" else nn.Conv2d)(c_in, c_out, k, s, p, bias=b)]
-        for word in rest if kind == "fc" else rest[3:]:
-            if word == "bn":
-                layers += [(nn.BatchNorm1d if kind == "fc" else nn.BatchNorm2d)(c_out)] if bn else []
-            elif word == "view":
-                layers, c_out = layers + [nn.Flatten(), nn.Unflatten(1, (c_out // 16, 4, 4))], c_out // 16
-            elif word == "tanh":
-                layers += [] if raw else [nn.Tanh()]
-            else:
-                layers += [ACTIVATIONS[act or word]()]
-        c_in = c_out
-    if kind == "fc" and width == "c":
-        layers += [nn.Unflatten(1, (c, size, size))]
-    return nn.Sequential(*layers)
-
-
-class Generator(nn.Module):
-    """z (N, z) and, when conditional, c (N, K) one-hot -> x_fake (N, channels, size, size) in [-1, 1]."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, z, c=None):
-        z = z if c is None else torch.cat([z.flatten(1), c], 1)         # (N, z + K)
-        return self.layers(z.view(len(z), -1, 1, 1))
-
-
-class Discriminator(nn.Module):
-    """x (N, channels, size, size) -> logits (N,). cond "planes": D(x, c); cond "ac": (logits (N,), class logits (N, K))."""
-
-    def __init__(self, layers, cond):
-        super().__init__()
-        self.layers, self.cond = layers, cond
-
-    def forward(self, x, c=None):
-        if self.cond == "planes":                                       # each of the K numbers as a constant plane
-            x = torch.cat([x, c[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1)
-        out = self.layers(x).flatten(1)                                 # (N, 1) or (N, 1 + K)
-        return (out[:, 0], out[:, 1:]) if self.cond == "ac" else out[:, 0]
-
-
-def init(m):
-    """Convolutions from N(0, 0.02), Radford 2016 sec. 4; batch-norm gains from N(1, 0.02), their biases 0, as the course has it."""
-    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(m.weight, 0, .02)
-    elif isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d)):
-        nn.init.normal_(m.weight, 1, .02), nn.init.zeros_(m.bias)
-
-
-def heads(classes):
-    """Sizes of the softmaxes of a condition: (12, 11) for hair and eyes, (classes,) otherwise."""
-    return (12, 11) if classes == 132 else (classes,)
-
-
-def networks(cfg):
-    """(G, D) of a Config, freshly initialised."""
-    net = NETS[cfg.net]
-    k = sum(heads(cfg.classes)) if cfg.cond != "none" else 0            # length of the condition
-    common = dict(h=cfg.h, size=cfg.size, act=cfg.act, raw=bool(cfg.raw))
-    G = stack(net["G"], cfg.z + k, c=cfg.channels, bias=net.get("bias_G", False), bn=cfg.bn in ("both", "G") and not cfg.raw,
-              **common)
-    c_in = (cfg.channels + (k if cfg.cond == "planes" else 0)) * (cfg.size ** 2 if cfg.net == "mlp" else 1)
-    D = stack(net["D"], c_in, c=1 + (k if cfg.cond == "ac" else 0), bias=net.get("bias_D", False),
-              bias_last=net.get("bias_last", False), bn=cfg.bn in ("both", "D") and not cfg.raw, **common)
-    G, D = Generator(G).apply(init), Discriminator(D, cfg.cond).apply(init)
-    if cfg.sn:
-        for m in D.modules():
-            if isinstance(m, (nn.Conv2d, nn.Linear)):
-                nn.utils.parametrize.register_parametrization(m, "weight", SpectralNorm(m.weight))
+def dcgan(z=16, h=16, c=1, out=1):
+    """32 x 32 digits: G 57,937 and D 42,432 parameters."""
+    G = nn.Sequential(
+        nn.Unflatten(1, (z, 1, 1)),                             # (N, z) -> (N, z, 1, 1)
+        nn.ConvTranspose2d(z, 4 * h, 4, 1, 0),                  # 1 -> 4
+        nn.BatchNorm2d(4 * h),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4 * h, 2 * h, 4, 2, 1),              # 8
+        nn.BatchNorm2d(2 * h),
+        nn.ReLU(),
+        nn.ConvTranspose2d(2 * h, h, 4, 2, 1),                  # 16
+        nn.BatchNorm2d(h),
+        nn.ReLU(),
+        nn.ConvTranspose2d(h, c, 4, 2, 1),                      # 32
+        nn.Tanh(),
+    )
+    D = nn.Sequential(
+        nn.Conv2d(c, h, 4, 2, 1, bias=False),                   # 32 -> 16
+        nn.LeakyReLU(.2),
+        nn.Conv2d(h, 2 * h, 4, 2, 1, bias=False),               # 8
+        nn.BatchNorm2d(2 * h),
+        nn.LeakyReLU(.2),
+        nn.Conv2d(2 * h, 4 * h, 4, 2, 1, bias=False),           # 4
+        nn.BatchNorm2d(4 * h),
+        nn.LeakyReLU(.2),
+        nn.Conv2d(4 * h, out, 4, 1, 0, bias=False),             # 1
+        nn.Flatten(),                                           # logits (N, out)
+    )
     return G, D
 
 
-def build(name, **changes):
-    """(G, D) of a preset with some fields changed, e.g. build("dcgan", z=100, h=100)."""
-    return networks(dataclasses.replace(Config(**{"preset": name, **PRESETS[name]}), **changes))
+def emoji(z=100, h=32, c=3, out=1):
+    """32 x 32 emojis: G 467,488 and D 262,048 parameters; the handout's D has h=64: 1,036,096.
+
+    Upsampling before a convolution leaves no checkerboard. With Conv2d(z, 4 * h, 4, 1, 3), the
+    handout's other first layer, G has 463,648. D's padding is P = ((D_y - 1) S + K - D_x) / 2,
+    rounded up, for the sides 32, 16, 8, 4, 1: 2, 2, 2, 1."""
+    G = nn.Sequential(
+        nn.Unflatten(1, (z, 1, 1)),                             # (N, z) -> (N, z, 1, 1)
+        nn.Conv2d(z, 64 * h, 1, bias=False),                    # (N, 64 h, 1, 1)
+        nn.BatchNorm2d(64 * h),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Unflatten(1, (4 * h, 4, 4)),                         # (N, 64 h) -> (N, 4 h, 4, 4)
+        nn.Upsample(scale_factor=2),                            # 4 -> 8
+        nn.Conv2d(4 * h, 2 * h, 5, 1, 2, bias=False),
+        nn.BatchNorm2d(2 * h),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2),                            # 16
+        nn.Conv2d(2 * h, h, 5, 1, 2, bias=False),
+        nn.BatchNorm2d(h),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2),                            # 32
+        nn.Conv2d(h, c, 5, 1, 2, bias=False),
+        nn.Tanh(),
+    )
+    D = nn.Sequential(
+        nn.Conv2d(c, h, 5, 2, 2, bias=False),                   # 32 -> 16
+        nn.BatchNorm2d(h),
+        nn.ReLU(),
+        nn.Conv2d(h, 2 * h, 5, 2, 2, bias=False),               # 8
+        nn.BatchNorm2d(2 * h),
+        nn.ReLU(),
+        nn.Conv2d(2 * h, 4 * h, 5, 2, 2, bias=False),           # 4
+        nn.BatchNorm2d(4 * h),
+        nn.ReLU(),
+        nn.Conv2d(4 * h, out, 5, 2, 1, bias=False),             # 1
+        nn.Flatten(),                                           # logits (N, out)
+    )
+    return G, D
 
 
-def one_hot(y, classes):
-    """Labels (N,) -> condition c (N, K) float: one-hot; for 132 face classes hair (12) and eyes (11) side by side."""
-    parts = (y // 11, y % 11) if classes == 132 else (y,)
-    return torch.cat([F.one_hot(p, k) for p, k in zip(parts, heads(classes))], 1).float()
+def anime(z=100, h=64, c=3, out=1):
+    """64 x 64 faces: G 3,576,704 and D 2,765,568 parameters."""
+    G = nn.Sequential(
+        nn.Unflatten(1, (z, 1, 1)),                             # (N, z) -> (N, z, 1, 1)
+        nn.ConvTranspose2d(z, 8 * h, 4, 1, 0, bias=False),      # 1 -> 4
+        nn.BatchNorm2d(8 * h),
+        nn.LeakyReLU(.2),
+        nn.ConvTranspose2d(8 * h, 4 * h, 4, 2, 1, bias=False),  # 8
+        nn.BatchNorm2d(4 * h),
+        nn.LeakyReLU(.2),
+        nn.ConvTranspose2d(4 * h, 2 * h, 4, 2, 1, bias=False),  # 16
+        nn.BatchNorm2d(2 * h),
+        nn.LeakyReLU(.2),
+        nn.ConvTranspose2d(2 * h, h, 4, 2, 1, bias=False),      # 32
+        nn.BatchNorm2d(h),
+        nn.LeakyReLU(.2),
+        nn.ConvTranspose2d(h, c, 4, 2, 1, bias=False),          # 64
+        nn.Tanh(),
+    )
+    D = nn.Sequential(
+        nn.Conv2d(c, h, 4, 2, 1, bias=False),                   # 64 -> 32
+        nn.LeakyReLU(.2),
+        nn.Conv2d(h, 2 * h, 4, 2, 1, bias=False),               # 16
+        nn.BatchNorm2d(2 * h),
+        nn.LeakyReLU(.2),
+        nn.Conv2d(2 * h, 4 * h, 4, 2, 1, bias=False),           # 8
+        nn.BatchNorm2d(4 * h),
+        nn.LeakyReLU(.2),
+        nn.Conv2d(4 * h, 8 * h, 4, 2, 1, bias=False),           # 4
+        nn.BatchNorm2d(8 * h),
+        nn.LeakyReLU(.2),
+        nn.Conv2d(8 * h, out, 4, 1, 0, bias=False),             # 1
+        nn.Flatten(),                                           # logits (N, out)
+    )
+    return G, D
 
 
-def draw_z(n, cfg, device, generator=None):
-    """Noise z (n, z): N(0, I), uniform on (-1, 1), or uniform on (0, 1)."""
+def mnist28(z=100, h=32, c=1, out=1):
+    """28 x 28 digits or clothes: G 1,098,816 and D 693,249 parameters. The slope is 0.02."""
+    G = nn.Sequential(
+        nn.Unflatten(1, (z, 1, 1)),                             # (N, z) -> (N, z, 1, 1)
+        nn.ConvTranspose2d(z, 8 * h, 4, 2, 1, bias=False),      # 1 -> 2
+        nn.BatchNorm2d(8 * h),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8 * h, 4 * h, 4, 2, 1, bias=False),  # 4
+        nn.BatchNorm2d(4 * h),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4 * h, 2 * h, 4, 2, 1, bias=False),  # 8
+        nn.BatchNorm2d(2 * h),
+        nn.ReLU(),
+        nn.ConvTranspose2d(2 * h, h, 4, 2, 1, bias=False),      # 16
+        nn.BatchNorm2d(h),
+        nn.ReLU(),
+        nn.ConvTranspose2d(h, c, 2, 2, 2, bias=False),          # 28
+        nn.Tanh(),
+    )
+    D = nn.Sequential(
+        nn.Conv2d(c, h, 2, 2, 2, bias=False),                   # 28 -> 16
+        nn.LeakyReLU(.02),
+        nn.Conv2d(h, 2 * h, 4, 2, 1, bias=False),               # 8
+        nn.BatchNorm2d(2 * h),
+        nn.LeakyReLU(.02),
+        nn.Conv2d(2 * h, 4 * h, 4, 2, 1, bias=False),           # 4
+        nn.BatchNorm2d(4 * h),
+        nn.LeakyReLU(.02),
+        nn.Conv2d(4 * h, 8 * h, 4, 2, 1, bias=False),           # 2
+        nn.BatchNorm2d(8 * h),
+        nn.LeakyReLU(.02),
+        nn.Conv2d(8 * h, out, 4, 2, 1),                         # 1
+        nn.Flatten(),                                           # logits (N, out)
+    )
+    return G, D
+
+
+def mlp(z=16, h=128, c=1, out=1):
+    """32 x 32 digits without a convolution: G 1,714,432 and D 689,153 parameters."""
+    G = nn.Sequential(
+        nn.Linear(z, 2 * h),
+        nn.BatchNorm1d(2 * h),
+        nn.ReLU(),
+        nn.Linear(2 * h, 4 * h),
+        nn.BatchNorm1d(4 * h),
+        nn.ReLU(),
+        nn.Linear(4 * h, 8 * h),
+        nn.BatchNorm1d(8 * h),
+        nn.ReLU(),
+        nn.Linear(8 * h, c * 32 * 32),
+        nn.Tanh(),
+        nn.Unflatten(1, (c, 32, 32)),                           # (N, c, 32, 32)
+    )
+    D = nn.Sequential(
+        nn.Flatten(),                                           # (N, c * 32 * 32)
+        nn.Linear(c * 32 * 32, 4 * h),
+        nn.LeakyReLU(.2),
+        nn.Linear(4 * h, 2 * h),
+        nn.LeakyReLU(.2),
+        nn.Linear(2 * h, h),
+        nn.LeakyReLU(.2),
+        nn.Linear(h, out),                                      # logits (N, out)
+    )
+    return G, D
+
+
+def init(m):
+    """Weights ~ N(0, 0.02), Radford 2016 sec. 4; batch-norm gains ~ N(1, 0.02): G.apply(init)."""
+    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        nn.init.normal_(m.weight, 0, .02)
+    elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        nn.init.normal_(m.weight, 1, .02)
+        nn.init.zeros_(m.bias)
+
+
+NETS = {"dcgan": (dcgan, 32), "emoji": (emoji, 32), "anime": (anime, 64), "mnist28": (mnist28, 28),
+        "mlp": (mlp, 32)}                                       # and the side of their pictures
+
+
+# ---- noise and conditions ------------------------------------------------------------------------
+
+def draw_z(n, cfg, device):
+    """Noise z (n, z)."""
     if cfg.noise == "normal":
-        return torch.randn(n, cfg.z, device=device, generator=generator)
-    u = torch.rand(n, cfg.z, device=device, generator=generator)
-    return u if cfg.noise == "uniform01" else 2 * u - 1
+        return torch.randn(n, cfg.z, device=device)
+    u = torch.rand(n, cfg.z, device=device)
+    return 2 * u - 1 if cfg.noise == "uniform" else u
 
 
-# ---- losses: real = D(x), fake = D(G(z)), both logits (N,); mean over the batch ----------------------------------------
+def one_hot(y, k):
+    """Labels (N,) -> (N, k), 1 at the label and 0 elsewhere."""
+    return F.one_hot(y, k).float()
+
+
+def condition(y, heads):
+    """Labels (N,) -> what is asked for, c (N, K): a one-hot a head, side by side.
+
+    heads: (12, 11) if a label is 11 * hair + eyes, then K = 23; (10,) for digits; () -> (N, 0)."""
+    c = torch.zeros(len(y), 0, device=y.device)
+    for part, k in zip(torch.unravel_index(y, heads), heads):
+        c = torch.cat([c, one_hot(part, k)], 1)
+    return c
+
+
+def planes(x, c):
+    """Pictures (N, C, S, S), conditions (N, K) -> (N, C + K, S, S): a constant plane a number."""
+    c = c[:, :, None, None].expand(-1, -1, *x.shape[2:])
+    return torch.cat([x, c], 1)
+
+
+# ---- losses: real = D(x), fake = D(G(z)), both logits (N,) ---------------------------------------
 
 def d_bce(real, fake):
     """-E log D(x) - E log(1 - D(G(z))), Goodfellow 2014 eq. 1; 1.386 = 2 ln 2 at D = 1/2."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()           # -log sigmoid(t) = softplus(-t)
+    return F.softplus(-real).mean() + F.softplus(fake).mean()       # -log sigmoid(t) = softplus(-t)
 
 
 def g_bce(fake):
-    """-E log D(G(z)): the log D trick, Goodfellow 2014 sec. 3; 0.693 = ln 2 at D = 1/2. Strong gradient when D wins."""
+    """-E log D(G(z)): the log D trick, Goodfellow 2014 sec. 3; 0.693 = ln 2 at D = 1/2."""
     return F.softplus(-fake).mean()
 
 
 def g_saturating(fake):
-    """E log(1 - D(G(z))), Goodfellow 2014 eq. 1 as it stands; -0.693 at D = 1/2. Its gradient sigmoid(t) dies when D wins."""
+    """E log(1 - D(G(z))), Goodfellow 2014 eq. 1 as it stands: no gradient once D is sure."""
     return -F.softplus(fake).mean()
 
 
 def d_lsgan(real, fake):
-    """1/2 E (D(x) - 1)^2 + 1/2 E D(G(z))^2, Mao 2017 eq. 2 with b = 1, a = 0; 0.25 at D = 1/2."""
+    """1/2 E (D(x) - 1)^2 + 1/2 E D(G(z))^2, Mao 2017 eq. 2; 0.25 at D = 1/2."""
     return ((real - 1) ** 2).mean() / 2 + (fake ** 2).mean() / 2
 
 
 def g_lsgan(fake):
-    """E (D(G(z)) - 1)^2, as the courses have it: Mao 2017 eq. 2 without its 1/2; 0.25 at D = 1/2."""
+    """E (D(G(z)) - 1)^2, as the courses have it: Mao 2017 without the 1/2; 0.25 at D = 1/2."""
     return ((fake - 1) ** 2).mean()
 
 
 def d_wgan(real, fake):
-    """-E D(x) + E D(G(z)), Arjovsky 2017 eq. 2: minus this is the estimated Wasserstein distance (times D's Lipschitz bound)."""
+    """-E D(x) + E D(G(z)), Arjovsky 2017 eq. 2: minus this estimates the Wasserstein distance."""
     return fake.mean() - real.mean()
 
 
@@ -308,546 +378,492 @@ def g_wgan(fake):
     return -fake.mean()
 
 
-def d_hinge(real, fake):
-    """E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))), Miyato 2018 eq. 16; 2 at D = 0. G's loss is g_wgan."""
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+def d_relativistic(real, fake):
+    """-E log sigmoid(D(x) - D(G(z))), in pairs: Jolicoeur-Martineau 2018, Huang 2024 eq. 2; 0.693 =
+    ln 2 where D(x) = D(G(z))."""
+    return F.softplus(fake - real).mean()
+
+
+def g_relativistic(real, fake):
+    """-E log sigmoid(D(G(z)) - D(x)): the same with exchanged roles, so G's step needs D(x) too."""
+    return F.softplus(real - fake).mean()
 
 
 LOSSES = {"bce": (d_bce, g_bce), "saturating": (d_bce, g_saturating), "lsgan": (d_lsgan, g_lsgan),
-          "wgan": (d_wgan, g_wgan), "hinge": (d_hinge, g_wgan)}
+          "wgan": (d_wgan, g_wgan), "relativistic": (d_relativistic, g_relativistic)}
 
 
-def ac_loss(class_logits, y, classes):
-    """-E log P(C = y | x), Odena 2017 eq. 3: cross entropy of raw logits (N, K), one softmax a head, summed over heads."""
-    parts = (y // 11, y % 11) if classes == 132 else (y,)
-    return sum(F.cross_entropy(l, p) for l, p in zip(class_logits.split(heads(classes), 1), parts))
+def ac_loss(logits, c, heads):
+    """-E log P(C = c | x), Odena 2017 eq. 3, from D's other logits (N, K) and one-hots c (N, K).
+
+    heads: sizes of the softmaxes, (12, 11) for hair and eyes, (10,) for digits; a sum over them."""
+    pairs = zip(logits.split(heads, 1), c.split(heads, 1))
+    return sum(F.cross_entropy(head, target) for head, target in pairs)
 
 
-# ---- regularisers --------------------------------------------------------------------------------------------------
+# ---- restraints on D: clipping, penalties, spectral norm, augmentation ---------------------------
+# D: samples (N, ...), pictures or vectors -> logits (N,), or the first column of (N, 1 + K).
+
+@torch.no_grad()
+def clip_weights(D, c):
+    """w <- clip(w, -c, c), Arjovsky 2017 algorithm 1 line 7: bounds how steep D can be."""
+    for p in D.parameters():
+        p.clamp_(-c, c)
+
 
 def gradient_penalty(D, x, x_fake):
     """E (|grad D(x_hat)|_2 - 1)^2 at x_hat = eps x + (1 - eps) x_fake, Gulrajani 2017 eq. 3.
 
-    D: images (N, C, H, W) -> logits (N,). One eps in [0, 1] an image. Traps: eps and eps instead of eps and 1 - eps does
-    not interpolate; the norm instead of (norm - 1)^2 pulls D flat. With batch norm in D one image's gradient depends on
-    the others, so the critic should have none (sec. 4)."""
-    eps = torch.rand(len(x), 1, 1, 1, device=x.device)
-    x_hat = (eps * x + (1 - eps) * x_fake).detach().requires_grad_()
-    (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)       # sum: each image its own gradient
+    Traps: eps and eps do not interpolate; the norm instead of (norm - 1)^2 pulls D flat; batch norm
+    in D makes a sample's gradient depend on the others."""
+    eps = torch.rand(len(x), 1, device=x.device)                        # one a sample
+    x_hat = eps * x.flatten(1) + (1 - eps) * x_fake.flatten(1)          # (N, d)
+    x_hat = x_hat.detach().view(x.shape).requires_grad_()
+    logits = D(x_hat).view(len(x), -1)[:, 0]
+    (grad,) = torch.autograd.grad(logits.sum(), x_hat, create_graph=True)
     return ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
 
 
 def r1_penalty(D, x):
-    """1/2 E |grad D(x)|_2^2 on real images, Mescheder 2018 eq. 9; its weight is called gamma."""
+    """R1 = 1/2 E |grad D(x)|_2^2, Mescheder 2018 eq. 9; on fakes it is R2, eq. 10. Its weight is
+    called gamma."""
     x = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    logits = D(x).view(len(x), -1)[:, 0]
+    (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return (grad.flatten(1) ** 2).sum(1).mean() / 2
 
 
 class SpectralNorm(nn.Module):
-    """W -> W / sigma(W), sigma the largest singular value of W as a matrix (out, rest), Miyato 2018 algorithm 1.
+    """W -> W / sigma(W), sigma the largest singular value of W (out, rest); Miyato 2018, alg. 1.
 
-    A parametrisation: torch.nn.utils.parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight)).
-    One power iteration a forward pass in training mode: u and v follow the slowly moving W. Both count as constants."""
+    nn.utils.parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight)); one
+    power iteration a pass while training: u and v, constants to autograd, follow the moving W.
+    dim: where the outputs are, 0, or 1 in a transposed convolution."""
 
-    def __init__(self, weight, iterations=15):
+    def __init__(self, weight, dim=0):
         super().__init__()
-        self.register_buffer("u", F.normalize(torch.randn(weight.shape[0]), dim=0))
-        self.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
-        self.iterate(weight, iterations)
+        self.dim = dim
+        W = self.matrix(weight)
+        self.register_buffer("u", torch.randn(len(W)))
+        self.register_buffer("v", torch.randn(len(W.T)))
+        for _ in range(15):
+            self.iterate(W)
+
+    def matrix(self, weight):
+        return weight.transpose(0, self.dim).flatten(1)             # (out, rest)
 
     @torch.no_grad()
-    def iterate(self, weight, times=1):
-        """v <- W^T u / |W^T u|, u <- W v / |W v|, `times` times."""
-        W = weight.flatten(1)
-        for _ in range(times):
-            self.v.copy_(F.normalize(W.T @ self.u, dim=0))
-            self.u.copy_(F.normalize(W @ self.v, dim=0))
+    def iterate(self, W):
+        self.v.copy_(F.normalize(W.T @ self.u, dim=0))              # v <- W^T u / |W^T u|
+        self.u.copy_(F.normalize(W @ self.v, dim=0))                # u <- W v / |W v|
 
     def forward(self, weight):
+        W = self.matrix(weight)
         if self.training:
-            self.iterate(weight)
-        u, v = self.u.clone(), self.v.clone()       # clones: the next pass writes into u, v before this one's backward
-        return weight / (u @ weight.flatten(1) @ v)                     # sigma = u^T W v
+            self.iterate(W)
+        u, v = self.u.clone(), self.v.clone()       # the next pass overwrites them
+        return weight / (u @ W @ v)                                 # sigma = u^T W v
 
 
-def clip_weights(D, c):
-    """w <- clip(w, -c, c) for every parameter, Arjovsky 2017 algorithm 1 line 7: a crude bound on D's Lipschitz constant."""
-    with torch.no_grad():
-        for p in D.parameters():
-            p.clamp_(-c, c)
+def diff_augment(x):
+    """DiffAugment, Zhao 2020: each picture (N, C, S, S) with random colours and a shift of its own.
+
+    D sees real and fake pictures only so and cannot learn a small set by heart; G's gradient passes
+    through, so G is not taught the colours. lerp(a, b, w) = a + w (b - a)."""
+    n, side = len(x), x.shape[-1]
+    light, colour, contrast = torch.rand(3, n, 1, 1, 1, device=x.device)
+    x = x + light - .5                                                  # brightness: -0.5 .. 0.5
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * colour)              # saturation: times 0 .. 2
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, .5 + contrast)   # contrast: 0.5 .. 1.5
+    s = side // 8
+    x = F.pad(x, (s, s, s, s))                                          # (N, C, S + 2 s, S + 2 s)
+    corner = torch.randint(2 * s + 1, (2, n, 1), device=x.device)       # of the part that is kept
+    rows, columns = corner + torch.arange(side, device=x.device)        # (N, S) each
+    which = torch.arange(n, device=x.device)[:, None, None]
+    return x[which, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-# ---- averaged generator ----------------------------------------------------------------------------------------------
+# ---- experiments: surgery on the networks --------------------------------------------------------
+
+def swap(net, kinds, make):
+    """Replace layers: swap(D, nn.BatchNorm2d, nn.Identity) takes D's batch norm out."""
+    for i, layer in enumerate(net):
+        if isinstance(layer, kinds):
+            net[i] = make()
+
+
+class Rescale(nn.Module):
+    """x -> scale x + shift."""
+
+    def __init__(self, scale, shift):
+        super().__init__()
+        self.scale, self.shift = scale, shift
+
+    def forward(self, x):
+        return self.scale * x + self.shift
+
+
+def spectral_norm(net):
+    """Put W / sigma(W) for the weight W of each convolution and linear layer."""
+    for layer in net:
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            dim = int(isinstance(layer, nn.ConvTranspose2d))
+            norm = SpectralNorm(layer.weight, dim)
+            nn.utils.parametrize.register_parametrization(layer, "weight", norm)
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "leaky": partial(nn.LeakyReLU, .2), "selu": nn.SELU}
+
+
+def networks(cfg):
+    """(G, D) of a config, freshly initialised.
+
+    G: z and a condition of length K, (N, z + K) -> pictures (N, C, S, S) in [-1, 1]. D: pictures,
+    (N, C + K, S, S) if it sees the condition -> logits (N, 1), (N, 1 + K) if it names it."""
+    make, _ = NETS[cfg.net]
+    K = 0 if cfg.cond == "none" else sum(cfg.heads)
+    seen = K if cfg.cond == "planes" else 0
+    named = K if cfg.cond == "ac" else 0
+    G, _ = make(cfg.z + K, cfg.h, cfg.channels)
+    _, D = make(cfg.z, cfg.d_h or cfg.h, cfg.channels + seen, 1 + named)
+    for name, net in ("G", G), ("D", D):
+        if cfg.init == "normal":
+            net.apply(init)
+        if cfg.bn not in ("both", name):
+            swap(net, (nn.BatchNorm1d, nn.BatchNorm2d), nn.Identity)
+        if cfg.act:
+            swap(net, (nn.ReLU, nn.LeakyReLU), ACTIVATIONS[cfg.act])
+        if cfg.sn in ("both", name):
+            spectral_norm(net)
+    if cfg.raw:                                     # inside of both networks a picture is 0 .. 255
+        swap(G, nn.Tanh, partial(Rescale, 1 / 127.5, -1))
+        D.insert(0, Rescale(127.5, 127.5))
+    return G, D
+
+
+def config(preset, modern=0, **changes):
+    """The GANConfig of a preset; modern=1 puts MODERN over it, and changes win over both."""
+    bundle = MODERN if modern else {}
+    fields = {**PRESETS[preset], **bundle, **changes, "preset": preset, "modern": modern}
+    return GANConfig(**fields)
+
+
+def build(preset, **changes):
+    """(G, D) of a preset with some fields changed, e.g. build("dcgan", z=100, h=100)."""
+    return networks(config(preset, **changes))
+
+
+# ---- the game ------------------------------------------------------------------------------------
+
+def judge(D, c, cfg, x):
+    """D(x | c): pictures x (N, C, S, S), conditions c (N, K) -> logits (N, 1 + K): real or fake,
+    then, of an auxiliary classifier, what is in the picture; else (N, 1)."""
+    if cfg.augment:
+        x = diff_augment(x)
+    if cfg.cond == "planes":
+        x = planes(x, c)
+    return D(x).float()
+
+
+def optimiser(kind, net, lr, cfg):
+    """Adam, RMSprop or SGD over a network; under torchrun with gradients averaged over ranks."""
+    make = {"adam": partial(torch.optim.Adam, betas=(cfg.beta1, cfg.beta2), fused=True),
+            "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}[kind]
+    return data.over_ranks(make(net.parameters(), lr))
+
 
 @torch.no_grad()
 def average(G_ema, G, decay):
-    """theta_ema <- decay theta_ema + (1 - decay) theta, over parameters; not over batch-norm statistics, see below."""
-    torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - decay)
+    """theta_ema <- decay theta_ema + (1 - decay) theta."""
+    for p, q in zip(G_ema.parameters(), G.parameters()):
+        p.lerp_(q, 1 - decay)
 
 
 @torch.no_grad()
-def recompute_statistics(G, cfg, device, batches=40):
-    """Batch-norm means and variances of G for its own weights. Those of the last G, copied, spoil an averaged one."""
-    norms = [m for m in G.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None                                               # a plain average over all batches
-    G.train()
-    for _ in range(batches if norms else 0):
-        y = torch.randint(max(cfg.classes, 1), (250,), device=device, generator=generator)
-        G(draw_z(250, cfg, device, generator), one_hot(y, cfg.classes) if cfg.cond != "none" else None)
-    return G.eval()
+def refresh(G, conditions, cfg, device):
+    """Batch-norm statistics of G's own weights: copied or averaged ones spoil an averaged G."""
+    for m in G.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.reset_running_stats()
+            m.momentum = None                           # a plain mean over all batches
+    for _ in range(40):
+        i = torch.randint(len(conditions), (250,), device=device)
+        G(torch.cat([draw_z(250, cfg, device), conditions[i]], 1))
 
 
-# ---- training ------------------------------------------------------------------------------------------------------
-
-def optimiser(kind, net, lr, cfg):
-    """RMSprop, SGD or Adam (fused: one kernel for all tensors; in a graph step count and rate are tensors) over a network."""
-    if kind == "adam":
-        rate = torch.tensor(lr, device=next(net.parameters()).device) if cfg.graph else lr
-        return torch.optim.Adam(net.parameters(), rate, (cfg.beta1, cfg.beta2), fused=True, capturable=bool(cfg.graph))
-    return {"rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}[kind](net.parameters(), lr)
-
-
-def set_lr(opt, lr):
-    """Change an optimiser's learning rate: in place where it is a tensor, as a captured graph reads it."""
-    group = opt.param_groups[0]
-    group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+@torch.no_grad()
+def sample(G, z, c):
+    """Noise (N, z), conditions (N, K) -> pictures uint8 (N, C, S, S) on the CPU, in eval mode."""
+    was = G.training
+    G.eval()
+    x = torch.cat([to_uint8(G(part)).cpu() for part in torch.cat([z, c], 1).split(500)])
+    G.train(was)
+    return x
 
 
-def captured(turn, warm=3):
-    """turn() as a CUDA graph: hundreds of small kernels replayed by one launch. The first `warm` calls run as they are.
-
-    What turn() returns lives in the graph's own memory and is overwritten by the next call."""
-    calls, graph, out, side = 0, torch.cuda.CUDAGraph(), None, torch.cuda.Stream()
-
-    def call():
-        nonlocal calls, out
-        calls += 1
-        if calls <= warm:                                               # on a side stream, as capture wants it
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                out = turn()
-            torch.cuda.current_stream().wait_stream(side)
-            return out
-        if calls == warm + 1:
-            with torch.cuda.graph(graph):                               # records, does not run
-                out = turn()
-        graph.replay()
-        return out
-    return call
-
-
-def reduce_gradients(net, world):
-    """Mean of the gradients over all ranks, as one message. By hand, since hooks on backward() miss the gradient penalty."""
-    if world > 1:
-        grads = gradients(net)
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, part in zip(grads, flat.div_(world).split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g))
-
-
-def gradients(net):
-    """The gradient tensors of a network."""
-    return [p.grad for p in net.parameters() if p.grad is not None]
-
-
-def grad_norm(grads):
-    """L2 norm of gradients as one vector."""
-    return torch.stack([g.norm() for g in grads]).norm()
+def grad_norm(net):
+    """L2 norm of all gradients of a network as one vector."""
+    return torch.stack([p.grad.norm() for p in net.parameters()]).norm()
 
 
 def saturation(x):
-    """Mean HSV saturation (max - min) / max over the channels of images (N, 3, H, W) in [-1, 1]."""
-    x = (x.float() + 1) / 2
+    """Mean HSV saturation (max - min) / max of pictures (N, 3, S, S) in [-1, 1]."""
+    x = (x.clamp(-1, 1) + 1) / 2
     return ((x.amax(1) - x.amin(1)) / x.amax(1).clamp(min=1e-3)).mean()
 
 
 def spread(x):
-    """Standard deviation of a pixel over the batch, averaged over pixels: near 0 when all images are alike."""
-    return x.float().std(0).mean()
-
-
-def decode(x, raw):
-    """What G returns -> images in [-1, 1]."""
-    return x / 127.5 - 1 if raw else x
-
-
-@torch.no_grad()
-def sample(G, n, cfg, device, y=None, z=None, seed=1):
-    """n images uint8 (n, C, H, W) on the CPU from G as it is (call G.eval() first); z and labels y (n,) may be given."""
-    generator, out = torch.Generator(device).manual_seed(seed), []
-    z = draw_z(n, cfg, device, generator) if z is None else z
-    for i in range(0, n, 500):
-        c = None if cfg.cond == "none" else one_hot(y[i:i + 500].to(device), cfg.classes)
-        out.append(to_uint8(decode(G(z[i:i + 500].to(device), c), cfg.raw)).cpu())
-    return torch.cat(out)
-
-
-def sampler(G, G_ema, cfg, device):
-    """The network that samples are drawn from, in eval mode: a copy of the averaged G, or of G itself."""
-    return recompute_statistics(copy.deepcopy(G_ema), cfg, device) if cfg.ema else copy.deepcopy(G).eval()
-
-
-def fixed_labels(n, cfg):
-    """Labels of the fixed sample grid: 0, 1, 2, ... in turn, the face classes in strides that mix hair and eyes."""
-    return (torch.arange(n) * (13 if cfg.classes == 132 else 1)) % max(cfg.classes, 1)
+    """Standard deviation of a pixel over the batch, mean over pixels: 0 when pictures are alike."""
+    return x.std(0).mean()
 
 
 def train(cfg, images, labels, out, device):
-    """The whole training: from out/last.pt when cfg.resume, to cfg.steps. Returns (G, G_ema, D, step, log).
+    """The whole game, from out/last.pt if there is one. Returns (G_ema, D, step, log).
 
-    images uint8 (N, C, H, W) and labels (N,) or None on the device; writes grids, log.csv and last.pt to out.
-    Under torchrun every rank draws the same indices and noise and takes its share of the batch; rank 0 writes."""
-    rank, world = data.ranks()
-    share = slice(rank, None, world)
+    images uint8 (n, C, S, S), labels (n,), on the device; writes grids, log.csv and last.pt. Under
+    torchrun all ranks draw one batch and each takes its share of it."""
     torch.manual_seed(cfg.seed)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in networks(cfg))
-    G_ema = copy.deepcopy(G).requires_grad_(False)
-    opt_G, opt_D = optimiser(cfg.g_opt, G, cfg.lr, cfg), optimiser(cfg.d_opt, D, cfg.d_lr or cfg.lr, cfg)
+    G_ema = copy.deepcopy(G) if cfg.ema else G          # the one that draws the samples
+    d_lr = cfg.d_lr or cfg.lr
+    opt_G = optimiser(cfg.g_opt, G, cfg.lr, cfg)
+    opt_D = optimiser(cfg.d_opt, D, d_lr, cfg)
     d_loss, g_loss = LOSSES[cfg.loss]
+    conditions = condition(labels, cfg.heads)           # (n, K)
+    fixed_z = draw_z(64, cfg, device)
+    fixed_c = conditions[torch.randint(len(images), (64,), device=device)]
     parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D)
-    start = 0
-    if cfg.resume and (out / "last.pt").exists():
-        start = data.restore(parts, out / "last.pt", cfg, FREE, device)
-    log, stop = data.Log(out, cfg.steps, start, rank == 0), data.interrupts()
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=data.use_bf16(cfg.amp, device))
-    probability = torch.sigmoid if cfg.loss in ("bce", "saturating") else lambda t: t
-    encode = (lambda x: x.float()) if cfg.raw else to_float
-    fixed_z = draw_z(64, cfg, "cpu", torch.Generator().manual_seed(cfg.seed))
-    broken = lambda step: UserError(f"a loss, gradient or weight is not finite, seen at step {step}; the last good checkpoint is "
-                                    f"in {out}: try a lower --lr, --gp or --loss lsgan")
-    mark, marked = time.monotonic(), start
+    start = data.restore(parts, out / "last.pt", cfg, FREE, device)
+    log = data.Log(out, cfg.steps, start)
+    share = data.share()
+    amp = data.autocast(cfg.amp, device)
 
-    def turn(penalise):
-        """One turn of the game: cfg.d_steps steps of D, one of G. The host waits for nothing here."""
-        for k in range(cfg.d_steps):
-            # ---- D: raise D(x), lower D(G(z)) ----
+    for step in range(start + 1, cfg.steps + 1):
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # what a step draws depends on nothing else:
+        if cfg.decay:                                   # a resumed run is the uninterrupted one
+            rate = min(1., 2 - 2 * (step - 1) / cfg.steps)
+            opt_G.param_groups[0]["lr"] = cfg.lr * rate
+            opt_D.param_groups[0]["lr"] = d_lr * rate
+
+        # ---- D: raise D(x), lower D(G(z)) ----
+        for _ in range(cfg.d_steps):
             i = torch.randint(len(images), (cfg.batch,), device=device)[share]
-            x = encode(images[i]).contiguous(memory_format=torch.channels_last)      # (N, C, H, W)
-            y = None if labels is None else labels[i]
-            c = None if cfg.cond == "none" else one_hot(y, cfg.classes)
+            x, c = to_float(images[i]), conditions[i]                   # (N, C, S, S), (N, K)
+            z = draw_z(cfg.batch, cfg, device)[share]                   # (N, z)
+            D_c = partial(judge, D, c, cfg)             # D(. | c): pictures -> logits (N, 1 + K)
             with amp:
-                with torch.set_grad_enabled(k == cfg.d_steps - 1):      # only the last fakes are G's to learn from
-                    x_fake = G(draw_z(cfg.batch, cfg, device)[share], c)
-                real, fake = D(x, c), D(x_fake.detach(), c)             # detach: D's loss must not reach into G;
-            if cfg.cond == "ac":                                        # two passes: batch norm sees real and fake apart
-                (real, real_class), (fake, _) = real, fake
-            loss_D = d_loss(real.float(), fake.float())
-            if cfg.cond == "ac":                                        # on real images and their labels only: fakes
-                loss_D = loss_D + cfg.ac * ac_loss(real_class.float(), y, cfg.classes)    # would teach it G's mistakes
-            logit = (lambda x: D(x, c)[0]) if cfg.cond == "ac" else (lambda x: D(x, c))
+                x_fake = G(torch.cat([z, c], 1)).float()                # (N, C, S, S)
+                real = D_c(x)                           # a pass of its own, for batch norm
+                fake = D_c(x_fake.detach())             # detach: D's loss must not reach into G
+            loss_D = d_loss(real[:, 0], fake[:, 0])
+            if cfg.cond == "ac":                        # D learns classes from real pictures only
+                loss_D += ac_loss(real[:, 1:], c, cfg.heads)
             if cfg.gp:
-                loss_D = loss_D + cfg.gp * gradient_penalty(logit, x, x_fake.detach().float())
-            if penalise:
-                loss_D = loss_D + cfg.r1 * cfg.r1_every * r1_penalty(logit, x)
+                loss_D += cfg.gp * gradient_penalty(D_c, x, x_fake)
+            if step % cfg.penalty_every == 0:           # lazily: Karras 2020, appendix B
+                if cfg.r1:
+                    loss_D += cfg.penalty_every * cfg.r1 * r1_penalty(D_c, x)
+                if cfg.r2:
+                    loss_D += cfg.penalty_every * cfg.r2 * r1_penalty(D_c, x_fake)
             opt_D.zero_grad()
             loss_D.backward()
-            reduce_gradients(D, world)
             opt_D.step()
             if cfg.clip:
                 clip_weights(D, cfg.clip)
 
-        # ---- G: raise D(G(z)), on the same fakes, against the D just improved ----
-        D.requires_grad_(False)                                         # D's own gradients are not needed here
+        # ---- G: raise D(G(z)) on the same fakes, against the D just improved ----
+        D.requires_grad_(False)                         # D's own gradients are not needed here
         with amp:
-            fake2 = D(x_fake, c)
-        if cfg.cond == "ac":
-            fake2, fake_class = fake2
-        loss_G = g_loss(fake2.float())
-        if cfg.cond == "ac":
-            loss_G = loss_G + cfg.ac * ac_loss(fake_class.float(), y, cfg.classes)
+            if cfg.fresh:
+                z = draw_z(cfg.batch, cfg, device)[share]
+                x_fake = G(torch.cat([z, c], 1)).float()
+            after = D_c(x_fake)
+            if cfg.loss == "relativistic":              # D has moved, so D(x) anew
+                loss_G = g_loss(D_c(x)[:, 0], after[:, 0])
+            else:
+                loss_G = g_loss(after[:, 0])
+        if cfg.cond == "ac":                            # a fake should be named what was asked for
+            loss_G += ac_loss(after[:, 1:], c, cfg.heads)
         opt_G.zero_grad()
         loss_G.backward()
-        reduce_gradients(G, world)
         opt_G.step()
         D.requires_grad_(True)
         if cfg.ema:
             average(G_ema, G, cfg.ema)
-        return loss_D, loss_G, real, fake, fake2, x, x_fake, gradients(D), gradients(G)
 
-    turns = {p: captured(lambda p=p: turn(p)) if cfg.graph else lambda p=p: turn(p) for p in (False, True)}
-    for step in range(start + 1, cfg.steps + 1):
-        if cfg.decay:
-            factor = min(1., 2 * (1 - (step - 1) / cfg.steps))          # constant, then linearly to 0
-            for opt, lr in ((opt_G, cfg.lr), (opt_D, cfg.d_lr or cfg.lr)):
-                set_lr(opt, lr * factor)
-        loss_D, loss_G, real, fake, fake2, x, x_fake, dD, dG = turns[bool(cfg.r1) and step % cfg.r1_every == 0]()
-
-        if step % cfg.log_every == 0 or step in (1, cfg.steps):      # the only place that waits for the device
-            with torch.no_grad():
-                row = {"D": loss_D, "G": loss_G, "D(x)": probability(real.float()).mean(),
-                       "z1": probability(fake.float()).mean(), "z2": probability(fake2.float()).mean(),
-                       "|dD|": grad_norm(dD), "|dG|": grad_norm(dG),
-                       "spread": spread(decode(x_fake, cfg.raw)) / spread(decode(x, cfg.raw)).clamp(min=1e-6)}
-                if images.shape[1] == 3:
-                    row |= {"sat real": saturation(decode(x, cfg.raw)), "sat fake": saturation(decode(x_fake, cfg.raw))}
-                if cfg.loss == "wgan":
-                    row["W"] = real.float().mean() - fake.float().mean()
-                row = dict(zip(row, torch.stack([v.float() for v in row.values()]).tolist()))
-            if not np.isfinite(list(row.values())).all():
-                raise broken(step)
-            log.write(step, (step - marked) * cfg.batch / (time.monotonic() - mark), **row)
-            mark, marked = time.monotonic(), step
-        halt = bool(stop)
-        if world > 1 and step % cfg.log_every == 0:                     # all ranks stop together, asked where they wait anyway
-            flag = torch.tensor(float(halt), device=device)
-            dist.all_reduce(flag)
-            halt = flag.item() > 0
-        elif world > 1:
-            halt = False
-        last = step == cfg.steps or halt
-        if rank == 0 and (last or step % cfg.sample_every == 0 or step == 1):
-            grid = sample(sampler(G, G_ema, cfg, device), 64, cfg, device, fixed_labels(64, cfg), fixed_z)
-            data.save(data.grid(grid, 8), out / f"{step:06d}.png")
-            mark, marked = time.monotonic(), step
-        if last or step % cfg.sample_every == 0:
-            if not data.finite(G, D):                                   # never over the last good checkpoint
-                raise broken(step)
-            if rank == 0:
-                data.save_checkpoint(out / "last.pt", dict({k: v.state_dict() for k, v in parts.items()}, step=step,
-                                     config=dataclasses.asdict(cfg), rng=data.rng_state()))
-        if halt:
-            print(f"\nstopped at step {step}; the same command with --resume 1 goes on")
-            raise KeyboardInterrupt
-    data.plain_signals()
-    return G, G_ema, D, max(start, cfg.steps), log
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):     # only this waits for the GPU
+            scores = torch.stack([real[:, 0], fake[:, 0], after[:, 0]])         # (3, N)
+            if d_loss is d_bce:
+                scores = scores.sigmoid()               # probabilities
+            d_real, d_before, d_after = scores.mean(1)
+            row = {"D": loss_D, "G": loss_G, "D(x)": d_real, "D(G(z)) before": d_before,
+                   "D(G(z)) after": d_after, "|dD|": grad_norm(D), "|dG|": grad_norm(G),
+                   "spread": spread(x_fake) / spread(x).clamp(min=1e-6)}
+            if cfg.channels == 3:
+                row |= {"sat real": saturation(x), "sat fake": saturation(x_fake)}
+            if cfg.loss == "wgan":
+                row["W"] = d_real - d_before
+            log.write(step, cfg.batch, **row)
+        if step % cfg.sample_every == 0 or step in (1, cfg.steps):
+            if cfg.ema:
+                refresh(G_ema, conditions, cfg, device)
+            data.save(data.grid(sample(G_ema, fixed_z, fixed_c), 8), out / f"{step:06d}.png")
+            data.save_checkpoint(out / "last.pt", parts, step, cfg)
+    return G_ema, D, max(start, cfg.steps), log
 
 
-# ---- evaluation ----------------------------------------------------------------------------------------------------
+# ---- what was drawn ------------------------------------------------------------------------------
 
-def interpolate(G, cfg, device, path, pairs=6, K=9, extra=2):
-    """G(z1 + i/K (z2 - z1)) for i = 0 .. K, and `extra` steps beyond both ends (framed red): one row a pair."""
-    z = draw_z(2 * pairs, cfg, device, torch.Generator(device).manual_seed(cfg.seed + 2))
-    t = torch.arange(-extra, K + extra + 1, device=device)[:, None] / K
-    y = fixed_labels(pairs, cfg)
-    rows = [sample(G, len(t), cfg, device, y[i].expand(len(t)), a + t * (b - a)) for i, (a, b) in enumerate(zip(z[::2], z[1::2]))]
-    top = [f"{i}/{K}" for i in range(-extra, K + extra + 1)]
-    marks = [*range(extra), *range(K + extra + 1, K + 2 * extra + 1)]
-    return data.sheet(rows, path, top=top, marks=marks, title="z1 + i/K (z2 - z1); red: beyond the pair (extrapolation)")
+def between(z1, z2, t):
+    """z1 + t (z2 - z1): z1 at t = 0, z2 at t = 1, and beyond them outside of [0, 1]."""
+    return z1 + t * (z2 - z1)
 
 
-def condition_grid(G, cfg, classes, device, path):
-    """What the condition does: rows are classes (or hair colours), columns noise vectors (or eye colours at one z)."""
-    if cfg.classes == 132:
-        z = draw_z(1, cfg, device, torch.Generator(device).manual_seed(cfg.seed + 3)).expand(11, -1)
-        rows = [sample(G, 11, cfg, device, 11 * i + torch.arange(11), z) for i in range(12)]
-        return data.sheet(rows, path, left=data.HAIR, top=data.EYES, title="hair (rows) x eyes (columns), one z")
-    z = draw_z(10, cfg, device, torch.Generator(device).manual_seed(cfg.seed + 3))
-    rows = [sample(G, 10, cfg, device, torch.full((10,), i), z) for i in range(cfg.classes)]
-    return data.sheet(rows, path, left=classes, top=[f"z{i}" for i in range(10)], title="one class a row, one z a column")
+def interpolate(G, z, c, path, K=9, extra=2):
+    """A row G(z1 + i/K (z2 - z1)), i = 0 .. K, of each pair in z (2 n, z), with its condition in
+    c (n, K); and `extra` pictures, framed red, beyond both ends."""
+    steps = range(-extra, K + extra + 1)
+    t = torch.tensor(steps, device=z.device)[:, None] / K           # (K + 1 + 2 extra, 1)
+    rows = []
+    for z1, z2, c_pair in zip(z[::2], z[1::2], c):
+        rows.append(sample(G, between(z1, z2, t), c_pair.expand(len(t), -1)))
+    data.sheet(rows, path, title="z1 + i/K (z2 - z1); red: beyond the pair",
+               top=[f"{i}/{K}" for i in steps],
+               marks=[j for j, i in enumerate(steps) if not 0 <= i <= K])
+
+
+def condition_grid(G, z, heads, classes, path):
+    """What the condition does: a class a row, a z a column; of faces hair by eyes, all at one z."""
+    y = torch.arange(len(classes), device=z.device)
+    if len(heads) == 2:
+        z = z[:1].expand(heads[1], -1)
+        rows = [sample(G, z, condition(row, heads)) for row in y.view(heads)]
+        data.sheet(rows, path, left=HAIR, top=EYES)
+    else:
+        rows = [sample(G, z[:10], condition(k.expand(10), heads)) for k in y]
+        data.sheet(rows, path, left=classes)
 
 
 def parse_prompt(text):
-    """"blue hair green eyes" -> class 11 * hair + eyes. UserError with the list of colours otherwise."""
-    found = {k.rstrip("s"): v for v, k in re.findall(r"(\w+) +(hair|eyes?)\b", text.lower().replace("grey", "gray"))}
-    if found.get("hair") not in data.HAIR or found.get("eye") not in data.EYES:
-        raise UserError(f"cannot read {text!r}: write \"<colour> hair <colour> eyes\"; hair: {' '.join(data.HAIR)}; "
-                        f"eyes: {' '.join(data.EYES)}")
-    return 11 * data.HAIR.index(found["hair"]) + data.EYES.index(found["eye"])
+    """"blue hair green eyes" -> label 11 * hair + eyes. UserError with the colours otherwise."""
+    words = re.findall(r"(\w+) +(hair|eyes)\b", text.lower().replace("grey", "gray"))
+    asked = {part: colour for colour, part in words}
+    need(asked.get("hair") in HAIR and asked.get("eyes") in EYES,
+         f"cannot read {text!r}: write <colour> hair <colour> eyes; hair: {' '.join(HAIR)}; "
+         f"eyes: {' '.join(EYES)}")
+    return len(EYES) * HAIR.index(asked["hair"]) + EYES.index(asked["eyes"])
 
 
-def worst_pair(wanted, got, names):
-    """The colour most often taken for another, in words: "green taken for blue 41% of the time"."""
-    table = torch.zeros(len(names), len(names)).index_put_((wanted, got), torch.ones(len(wanted)), accumulate=True)
-    share = table / table.sum(1, keepdim=True).clamp(min=1)
-    share.fill_diagonal_(0)
-    i, j = divmod(share.argmax().item(), len(names))
-    return f"{names[i]} taken for {names[j]} {100 * share[i, j]:.0f}% of the time"
+def since(rows, sick):
+    """The first logged step from which sick(row) holds to the end, for 3 rows at least; or -1."""
+    ill = []
+    for row in rows:
+        ill = ill + [int(row["step"])] if sick(row) else []
+    return ill[0] if len(ill) >= 3 else -1
 
 
-def chi2_bound(k):
-    """The 95% point of chi-square with k degrees of freedom, Wilson & Hilferty 1931."""
-    return k * (1 - 2 / (9 * k) + 1.645 * (2 / (9 * k)) ** .5) ** 3 if k else 0.
+def is_collapsed(row):
+    """Samples alike: a pixel of the fakes varies less than a third as much as one of the data."""
+    return row["spread"] < 1 / 3
 
 
-def collapsed_at(log):
-    """The first logged step from which the fakes' spread stays under a third of the real images', or -1: never."""
-    steps, low = log.table["step"], [s < 1 / 3 for s in log.table["spread"]]
-    since = next((i for i in range(len(low)) if all(low[i:])), None)
-    return -1 if since is None else int(steps[since])
+def is_dead(row):
+    """Nothing moves any more: both gradients are shorter than 0.001."""
+    return row["|dD|"] < 1e-3 and row["|dG|"] < 1e-3
 
 
-def score(G, cfg, source, device):
-    """FID and friends of cfg.samples images against the data. Returns (classifier, metrics, the images, their labels).
-
-    Under torchrun every rank draws and looks at its share; rank 0 trains the classifier where there is none yet."""
-    name, images, labels, _ = source
-    net = data.first_rank(lambda: fid.classifier(name, cfg.size, device))
-    shuffle = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    real = images.cpu()[shuffle][:cfg.samples]
-    other = data.load(name, cfg.size, "test")[0]
-    if len(other) < 1000:                                                # too few for a floor: two halves of the data
-        real, other = real[:len(real) // 2], real[len(real) // 2:]
-    y = None if cfg.cond == "none" else labels.cpu()[shuffle].repeat(-(-cfg.samples // len(labels)))[:cfg.samples]
-    z = draw_z(cfg.samples, cfg, device, torch.Generator(device).manual_seed(1))      # conditions as frequent as in the data
-    x = data.over_ranks(lambda i: sample(G, len(i), cfg, device, None if y is None else y[i], z[i]), torch.arange(cfg.samples))
-    return net, fid.score(net, real, x, other), x, y
+PANELS = [
+    ("losses", ["D", "G"]),
+    ("D on real and fake, before and after its step", ["D(x)", "D(G(z)) before", "D(G(z)) after"]),
+    ("gradient norms", ["|dD|", "|dG|"]),
+    ("spread, fake over real", ["spread"]),
+    ("saturation", ["sat real", "sat fake"]),
+    ("estimated Wasserstein distance", ["W"]),
+]
 
 
-def metrics(scored, labels, classes, out):
-    """What score() returned, with class counts and the accuracy of the condition. Returns a dict, draws the bars."""
-    net, result, x, y = scored
-    if labels is None:
-        return result
-    guess, sure = net.predict(x)
-    true, n = labels.cpu(), len(classes)
-    count, wanted = torch.bincount(guess, minlength=n) / len(x), torch.bincount(true, minlength=n) / len(true)
-    result |= dict(confidence=sure.mean().item(), modes=int((count > 0).sum()), classes=n,
-                   entropy=-(count[count > 0] * count[count > 0].log()).sum().item() / np.log(max(n, 2)),
-                   rarest=count[wanted > 0].min().item())
-    missing = [c for c, k, w in zip(classes, count, wanted) if k < w / 10]
-    print(f"classes  {n - len(missing)} of {n} drawn; rarest {100 * result['rarest']:.1f}%, mean confidence "
-          f"{result['confidence']:.3f}" + (f"; missing: {', '.join(missing[:8])}" if missing else ""))
-    if n == 132:
-        for j, (part, colours) in enumerate((("hair", data.HAIR), ("eyes", data.EYES))):
-            pick = (lambda t: t // 11) if j == 0 else (lambda t: t % 11)
-            share = lambda t: (torch.bincount(pick(t), minlength=len(colours)) / len(t)).tolist()
-            data.bars(out / f"classes-{part}.png", colours, {"real": share(true), "generated": share(guess)},
-                      f"{part}: share of {len(x):,} samples")
-            if y is not None:
-                result[f"{part} accuracy"] = (pick(guess) == pick(y)).float().mean().item()
-                print(f"{part}     {100 * result[f'{part} accuracy']:.1f}% as asked (the classifier on real test images "
-                      f"{100 * net.accuracy[j]:.1f}%); worst: {worst_pair(pick(y), pick(guess), colours)}")
-    else:
-        data.bars(out / "classes.png", classes, {"real": wanted.tolist(), "generated": count.tolist()},
-                  f"share of {len(x):,} samples by class")
-        expected = wanted * len(x)
-        result["chi2"] = ((count * len(x) - expected) ** 2 / expected.clamp(min=1e-9))[wanted > 0].sum().item()
-        result["missing in 80"] = n - len(guess[:80].unique())
-        print(f"likely   chi2 {result['chi2']:,.0f} against the data's class shares (chance stays under {chi2_bound(n - 1):.0f}); "
-              f"missing in the first 80 samples: {result['missing in 80']}")
-        if y is not None:
-            result["label accuracy"] = (guess == y).float().mean().item()
-            print(f"labels   {100 * result['label accuracy']:.1f}% as asked; worst: {worst_pair(y, guess, classes)}")
-    return result
-
-
-PANELS = [("losses", ["D", "G"]), ("D of real, of fake before (z1) and after (z2) its step", ["D(x)", "z1", "z2"]),
-          ("gradient norms", ["|dD|", "|dG|"]), ("spread of fakes over spread of real", ["spread"]),
-          ("saturation", ["sat real", "sat fake"]), ("estimated Wasserstein distance", ["W"])]
-
-
-def evaluate(cfg, G, D, step, log, source, scored, out, device):
-    """Pictures, metrics, result.json of a run whose sampling network is G; source = (name, images, labels, classes)."""
+def evaluate(cfg, G, D, step, log, source, out, device):
+    """Pictures, metrics and result.json of a run whose samples are drawn by G."""
     name, images, labels, classes = source
+    torch.manual_seed(cfg.seed)
+    n = max(cfg.samples, cfg.dump)
+    z = draw_z(n, cfg, device)
+    y = labels[torch.randint(len(labels), (n,), device=device)]     # as frequent as in the data
+    c = condition(y, cfg.heads)
     if cfg.prompt:
-        y = torch.tensor([parse_prompt(cfg.prompt)]).expand(8)
-        data.sheet([sample(G, 8, cfg, device, y)], out / "prompt.png", title=cfg.prompt)
-        return print(f"wrote {out / 'prompt.png'}: {cfg.prompt}")
-    if cfg.dump:
-        y = None if cfg.cond == "none" else torch.randint(cfg.classes, (cfg.dump,), generator=torch.Generator().manual_seed(1))
-        arrays = {"samples.npy": sample(G, cfg.dump, cfg, device, y).permute(0, 2, 3, 1), "labels.npy": y}
-        for file, array in arrays.items():
-            if array is not None:
-                with data.atomic(out / file) as part, open(part, "wb") as f:
-                    np.save(f, array.contiguous().numpy())
-        print(f"wrote    {out / 'samples.npy'} ({cfg.dump:,} samples)")
-    if cfg.show == "dump":
+        c = condition(torch.full((8,), parse_prompt(cfg.prompt), device=device), cfg.heads)
+        data.sheet([sample(G, z[:8], c)], out / "prompt.png", title=cfg.prompt)
+        print(f"wrote {out / 'prompt.png'}")
         return
-    wrote = [] if cfg.show == "metrics" else [interpolate(G, cfg, device, out / "interpolation.png")]
-    if cfg.show == "interp":
-        return print(f"wrote    {wrote[0]}")
-    if log.table:
-        grids = sorted(out.glob("[0-9]*.png"))
-        wrote += [grids[-1], data.curves(out / "curves.png", log.table, PANELS), data.gif(out / "training.gif", grids)]
-    if cfg.cond != "none":
-        wrote.append(condition_grid(G, cfg, classes, device, out / "conditions.png"))
-    result = metrics(scored, labels, classes, out)
-    wrote += sorted(out.glob("classes*.png"))
-    if log.table:
-        result["collapsed at"] = collapsed_at(log)
-    count = {"G": sum(p.numel() for p in G.parameters()), "D": sum(p.numel() for p in D.parameters())}
-    headline = fid.line(result) + "".join(f"; {k} {100 * v:.1f}%" for k, v in result.items() if "accuracy" in k) + (
-        f"; {result['modes']} of {result['classes']} classes, rarest {100 * result['rarest']:.1f}%" if "modes" in result else "")
-    data.write_json(out / "result.json", dict(
-        command=data.command(out, cfg.steps), preset=cfg.preset, config=dataclasses.asdict(cfg), step=step, device=str(device),
-        versions=data.versions(), data=dict(name=name, n=len(images), sha256=data.fingerprint(images)), parameters=count,
-        seconds=log.table["seconds"][-1] if log.table else 0.0, sampled_from="averaged G" if cfg.ema else "G, eval mode",
-        images_per_second=(step * cfg.batch / log.table["seconds"][-1]) if log.table else 0.0, metrics=result, headline=headline))
-    print("wrote    " + " ".join(str(p) for p in wrote + [out / "result.json"]))
-    print(headline)
+    interpolate(G, z[:12], c[:6], out / "interpolation.png")
+    if cfg.heads:
+        condition_grid(G, z, cfg.heads, classes, out / "conditions.png")
+    x = sample(G, z, c)
+    if cfg.dump:
+        data.save_samples(out / "samples.npy", x[:cfg.dump])
+        if cfg.heads:
+            data.save_array(out / "labels.npy", y[:cfg.dump].cpu())
+    x, y = x[:cfg.samples], y[:cfg.samples].cpu()
+    net = fid.classifier(name, images.shape[-1], device)
+    result = fid.against(net, images, x, name)                  # FID, KID, precision, recall, floor
+    if classes:                                                 # which, how often, as asked for?
+        asked = y if cfg.heads else None
+        result |= fid.count(net, x, labels.cpu(), classes, asked)
+    headline = fid.line(result)
+    for end, sick in (("collapsed at", is_collapsed), ("died at", is_dead)):
+        result[end] = since(log.rows, sick)
+        if result[end] >= 0:
+            headline += f"; {end} {result[end]}"
+    data.finish(out, cfg, log, dict(G=G, D=D), result, PANELS, headline, step=step)
 
 
-# ---- main ------------------------------------------------------------------------------------------------------------
-
-def check(cfg):
-    """Combinations that make no sense end here, in one line."""
-    choices = dict(net=NETS, loss=LOSSES, noise=("normal", "uniform", "uniform01"), bn=("both", "G", "D", "none"),
-                   act=("", "relu", "leaky", "selu"), cond=("none", "planes", "ac"), g_opt=("adam", "rmsprop", "sgd"),
-                   d_opt=("adam", "rmsprop", "sgd"), show=("all", "metrics", "interp", "dump"))
-    for field, known in choices.items():
-        if getattr(cfg, field) not in known:
-            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)} is unknown; one of: {' '.join(known)}")
-    for field in ("z", "h", "d_steps", "log_every", "sample_every", "r1_every"):
-        if getattr(cfg, field) < 1:
-            raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(cfg, field)}")
-    for field in ("beta1", "beta2", "ema"):
-        if not 0 <= getattr(cfg, field) < 1:
-            raise UserError(f"--{field} must be in [0, 1), not {getattr(cfg, field)}")
-    for field in ("steps", "clip", "gp", "r1", "dump", "d_lr"):
-        if getattr(cfg, field) < 0:
-            raise UserError(f"--{field.replace('_', '-')} must not be negative")
-    if cfg.lr <= 0:
-        raise UserError(f"--lr must be positive, not {cfg.lr}")
-    if cfg.batch < 2:
-        raise UserError(f"--batch {cfg.batch}: batch norm and the spread need at least 2 pictures")
-    if cfg.samples < 200:
-        raise UserError(f"--samples {cfg.samples}: a Gaussian of 128 features needs at least 200 pictures")
-    if NETS[cfg.net]["size"] not in (0, cfg.size):
-        raise UserError(f"--net {cfg.net} makes {NETS[cfg.net]['size']} x {NETS[cfg.net]['size']} pictures, not --size {cfg.size}")
-    if cfg.net == "mlp" and cfg.cond == "planes":
-        raise UserError("--cond planes needs a convolutional --net")
-    if cfg.prompt:
-        parse_prompt(cfg.prompt)
-        if cfg.cond == "none" or cfg.classes != 132:
-            raise UserError(f"--prompt belongs to text2img; {cfg.preset} knows no hair and eyes")
-    if cfg.graph and {cfg.g_opt, cfg.d_opt} != {"adam"}:
-        raise UserError("--graph 1 works with Adam for G and D only")
-
+# ---- main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
     """The command line."""
-    cfg, changes = data.arguments(Config, argv, PRESETS)
-    check(cfg)
-    for field in {"channels", "classes"} & changes.keys():
-        raise UserError(f"--{field} follows from the data; leave it out")
-    tail = "".join(f"-{k}{str(v).replace('/', '_').replace(',', '+')}" for k, v in changes.items() if k not in FREE)
-    out = Path(cfg.out or f"out/{cfg.preset}{tail}")
-    if cfg.steps == 0 and (out / "last.pt").exists():
-        cfg.resume = 1
-    if cfg.steps == 0 and cfg.resume and not (out / "last.pt").exists():
-        raise UserError(f"no checkpoint {out / 'last.pt'}: train first, or name the run's folder with --out")
+    preset, changes = data.arguments(GANConfig, argv, PRESETS, hide={"channels", "heads"})
+    cfg = config(preset, **changes)
+    data.at_least(1, cfg, "z", "h", "d_steps", "penalty_every", "log_every", "sample_every")
+    data.at_least(0, cfg, "d_h", "clip", "gp", "r1", "r2", "d_lr", "beta1", "beta2", "ema", "steps",
+                  "dump")
+    data.at_least(200, cfg, "samples")
+    need(cfg.lr > 0, f"--lr {cfg.lr} must be positive")
+    need(max(cfg.beta1, cfg.beta2, cfg.ema) < 1, "--beta1, --beta2 and --ema must be below 1")
+    if cfg.prompt:
+        parse_prompt(cfg.prompt)
+        cfg.steps = 0
     rank, world = data.ranks()
     device = data.device(cfg.device)
-    if cfg.graph and (device.type != "cuda" or world > 1):
-        raise UserError(f"--graph 1 needs one CUDA device, not {world} x {device}; leave it out")
-    if cfg.batch % world or cfg.batch // world < 2:
-        raise UserError(f"--batch {cfg.batch} cannot be shared by {world} ranks; at least 2 pictures each")
-    name, images, labels, classes = source = data.choose(cfg.data, cfg.size)
-    cfg.data, cfg.channels = name, images.shape[1]
-    if len(images) < 10:
-        raise UserError(f"{name} has {len(images)} picture(s); training and metrics need at least 10")
+    need(cfg.batch % world == 0 and cfg.batch // world >= 2,
+         f"--batch {cfg.batch}: at least 2 pictures, the same number for each of {world} rank(s)")
+    out = data.run_folder(cfg.preset, cfg, changes, FREE)
+    need(cfg.steps or (cfg.resume and (out / "last.pt").exists()),
+         f"no {out}/last.pt to go by: train first, or name --out")
+
+    _, side = NETS[cfg.net]
+    with data.rank_0_first():                           # it downloads or draws for the others
+        name, images, labels, classes = data.choose(data.kept(cfg, out), side)
+    need(len(images) >= 10, f"{name} has {len(images)} picture(s); at least 10 are needed")
+    need(cfg.cond == "none" or classes, f"--cond {cfg.cond} needs labels and {name} has none: put "
+         "the pictures into one sub-folder a class")
+    cfg.data = name
+    cfg.channels = images.shape[1]
+    cfg.heads = ()
     if cfg.cond != "none":
-        if labels is None:
-            raise UserError(f"--cond {cfg.cond} needs labels and {name} has none; put the pictures into one sub-folder a class")
-        cfg.classes = len(classes)
-        if cfg.prompt and cfg.classes != 132:
-            raise UserError(f"--prompt needs hair and eye colours and {name} has none; --data faces-a")
+        cfg.heads = (len(HAIR), len(EYES)) if classes == FACES else (len(classes),)
+    need(not cfg.prompt or len(cfg.heads) == 2, "--prompt belongs to text2img on faces")
+    if labels is None:
+        labels = torch.zeros(len(images), dtype=torch.long)
+    images, labels = images.to(device), labels.to(device)
+    try:
+        G, D, step, log = train(cfg, images, labels, out, device)
+    except data.BlewUp as e:                            # an end of a run that compare shows
+        data.write_json(out / "result.json", dict(
+            config=vars(cfg), step=e.step, seconds=0, metrics={"blew up at": e.step},
+            headline=f"blew up at {e.step}"))
+        raise
     if rank == 0:
-        data.open_run(out, cfg.resume, cfg.overwrite)
-    v = data.versions()
-    print(f"run      {out}  device {device} {v['gpu'] if device.type == 'cuda' else ''} ({v['threads']} threads)  seed {cfg.seed}  torch {v['torch']}"
-          f"  bfloat16 {'on' if data.use_bf16(cfg.amp, device) else 'off'}", flush=True)
-    images, labels = images.to(device), None if labels is None else labels.to(device)
-    G, G_ema, D, step, log = train(cfg, images, labels, out, device)
-    G = sampler(G, G_ema, cfg, device)
-    scored = score(G, cfg, source, device) if cfg.show in ("all", "metrics") and not cfg.prompt else None
-    if rank == 0:
-        evaluate(cfg, G, D, step, log, source, scored, out, device)
+        evaluate(cfg, G, D, step, log, (name, images, labels, classes), out, device)
 
 
 if __name__ == "__main__":
