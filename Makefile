@@ -55,7 +55,7 @@ sheet = $(PYTHON) data.py compare out/$@/* --out out/$@-all
 
 sweep-latent: $(VENV)  ## 25 min: z and h in {16, 100}: four DCGANs at the course's learning rate
 	for z in 16 100; do for h in 16 100; do \
-	  $(call one,z$$z-h$$h,gan.py dcgan --lr 2e-4 --decay 0 --z $$z --h $$h); done; done
+	  $(call one,z$$z-h$$h,gan.py dcgan --lr 2e-4 --decay 0 --ema 0 --z $$z --h $$h); done; done
 	$(sheet)
 
 STABLE = gan.py emoji --data faces-a --steps 6000

@@ -2,7 +2,7 @@
 
     python biggan_interp.py                                 published weights, else a small one
     python biggan_interp.py --model small                   trained here, on drawn faces
-    python biggan_interp.py --model published --size 512    only if the weights can be had
+    python biggan_interp.py --model published               only if the weights can be had
 
 BigGAN (Brock 2019) learns a vector r for each class. At one fixed z the pictures of
 r = alpha r1 + (1 - alpha) r2, alpha = 1 .. 0, walk from one class to another through classes that
@@ -11,10 +11,10 @@ not. Which classes are near shows t-SNE (van der Maaten & Hinton 2008), a map th
 it minimises KL(P || Q) = sum p_ij log(p_ij / q_ij), where p_ij says how much i and j are neighbours
 among the vectors and q_ij the same on the map.
 
-The published weights, 128, 256 or 512 pixels and 1000 classes of ImageNet, are about 220 MB. Where
-they cannot be had, a small BigGAN of the same layers is trained here on drawn faces of 32 pixels,
-whose 132 classes are 12 hair by 11 eye colours. Read on in the order of the lecture: config,
-generator, published weights, the small one's game, t-SNE, classes and walks, what was drawn.
+The published weights, 128 pixels and 1000 classes of ImageNet, are about 220 MB. Where they cannot
+be had, a small BigGAN of the same layers is trained here on drawn faces of 32 pixels, whose 132
+classes are 12 hair by 11 eye colours. Read on in the order of the lecture: config, generator,
+published weights, the small one's game, t-SNE, classes and walks, what was drawn.
 
 Measured, --model small, one thread of an AMD EPYC, torch 2.13, seed 0:
     MEASURE
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import data
 import fid
-from data import EYES, FACES, HAIR, need, to_float
+from data import EYES, FACES, HAIR, need, to_float, to_uint8
 
 
 # ---- config --------------------------------------------------------------------------------------
@@ -40,7 +40,6 @@ from data import EYES, FACES, HAIR, need, to_float
 class Run:
     """What a run is. A field is a flag and its comment the flag's help."""
     model: Literal["", "published", "small"] = ""   # empty: published if it can be had, else small
-    size: Literal[128, 256, 512] = 128      # side of the published model's pictures
     truncation: float = .5          # noise is cut at 2 and multiplied by this: cleaner, less varied
     steps: int = 3000               # steps of the small one's G; 0: only evaluate the checkpoint
     seed: int = 0                   # seed of weights, batches, noise and map
@@ -72,15 +71,13 @@ class Config:
 # The small one, 32 x 32, and its game.
 SMALL = Config(size=32, z_dim=32, class_embed_dim=64, channel_width=16, num_classes=132,
                attention_layer_position=2, n_stats=11)
-BATCH, LR, R1, EMA = 64, 1e-3, .1, .999
+BATCH = 64
+LR = 1e-3
+R1 = .1                                 # weight of R1
+EMA = .999                              # decay of the averaged weights
 
 # Channels at 4 x 4, 8 x 8 and so on, in multiples of the width; 32 x 32 is not published.
-CHANNELS = {
-    32: [8, 8, 4, 2],
-    128: [16, 16, 8, 4, 2, 1],
-    256: [16, 16, 8, 8, 4, 2, 1],
-    512: [16, 16, 8, 8, 4, 2, 1, 1],
-}
+CHANNELS = {32: [8, 8, 4, 2], 128: [16, 16, 8, 4, 2, 1]}
 
 
 # ---- the generator: BigGAN-deep, Brock 2019 appendix B -------------------------------------------
@@ -90,7 +87,7 @@ class Spectral(nn.Module):
 
     sigma, the largest singular value of W as a matrix of `out` rows, is u^T W v; while training one
     power iteration a pass keeps u and v at the top pair (Miyato 2018, alg. 1). In eval mode they
-    are used as they are stored, and after fold() not at all."""
+    are used as they are stored."""
 
     def __init__(self, *shape, bias=True):
         super().__init__()
@@ -99,7 +96,6 @@ class Spectral(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
         self.register_buffer("weight_u", F.normalize(torch.randn(shape[0]), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(math.prod(shape[1:])), dim=0))
-        self.folded = False
 
     @torch.no_grad()
     def power_iteration(self):
@@ -109,8 +105,6 @@ class Spectral(nn.Module):
 
     def weight(self):
         """W / sigma(W), in float32 (autocast would round a product, but not a sum)."""
-        if self.folded:
-            return self.weight_orig
         if self.training:
             self.power_iteration()
         Wv = (self.weight_orig.flatten(1) * self.weight_v).sum(1)       # (out,)
@@ -121,16 +115,6 @@ class Spectral(nn.Module):
         if W.dim() == 2:
             return F.linear(x, W, self.bias)
         return F.conv2d(x, W, self.bias, padding=W.shape[-1] // 2)
-
-
-@torch.no_grad()
-def fold(G):
-    """Divide every weight by its sigma once and for all: G draws the same, only faster."""
-    for layer in G.eval().modules():
-        if isinstance(layer, Spectral):
-            layer.weight_orig.copy_(layer.weight())
-            layer.folded = True
-    return G
 
 
 class BatchNorm(nn.Module):
@@ -274,28 +258,21 @@ def truncated_noise(n, z_dim, truncation=1., seed=0):
     return truncation * nn.init.trunc_normal_(torch.empty(n, z_dim), generator=generator)
 
 
-def pixels(x):
-    """[-1, 1] -> uint8 as the published code does it: (x + 1) / 2 * 256, clipped and cut off."""
-    return ((x.float() + 1) / 2 * 256).clamp(0, 255).byte()
-
-
 @torch.no_grad()
-def sample(G, z, y, truncation=1., by=100):
-    """Noise (n, z_dim), classes or vectors y (n, ...) -> pictures uint8 (n, 3, S, S) on the CPU.
-
-    by: pictures at a time; 1 where bits count, which in a batch depend on the neighbours."""
-    parts = zip(z.split(by), y.split(by))
-    return torch.cat([pixels(G(a, b, truncation)).cpu() for a, b in parts])
+def sample(G, z, y, truncation=1.):
+    """Noise (n, z_dim), classes or vectors y (n, ...) -> pictures uint8 (n, 3, S, S) on the CPU."""
+    parts = zip(z.split(100), y.split(100))
+    return torch.cat([to_uint8(G(a, b, truncation)).cpu() for a, b in parts])
 
 
 # ---- the published weights -----------------------------------------------------------------------
 
-S3 = "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-{}-pytorch_model.bin"
-MIRROR = "https://huggingface.co/osanseviero/BigGAN-deep-{}/resolve/main/pytorch_model.bin"    # 128
+URLS = ["https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-128-pytorch_model.bin",
+        "https://huggingface.co/osanseviero/BigGAN-deep-128/resolve/main/pytorch_model.bin"]
 
 
 def load_published(path, config=Config()):
-    """A published file -> Generator in eval mode, folded. UserError names a key that is wrong."""
+    """A published file -> Generator in eval mode. UserError names a key that is wrong."""
     state = data.load_checkpoint(path)
     with torch.device("meta"):                          # shapes only: the file brings the numbers
         G = Generator(config)
@@ -304,7 +281,7 @@ def load_published(path, config=Config()):
         need(found == wanted.shape, f"{path} is not BigGAN-deep-{config.size}: {key} is {found}, "
              f"not {wanted.shape}; delete it")
     G.load_state_dict(state, strict=False, assign=True)
-    return fold(G.requires_grad_(False))
+    return G.eval()
 
 
 # ---- the small BigGAN: its D and losses ----------------------------------------------------------
@@ -345,7 +322,7 @@ def g_hinge(fake):
     return -fake.mean()
 
 
-def r1_penalty(D, x, y):
+def conditional_r1(D, x, y):
     """R1 = 1/2 E |grad_x D(x, y)|_2^2, Mescheder 2018 eq. 9. Its weight is called gamma."""
     x = x.detach().requires_grad_()
     (grad,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
@@ -361,20 +338,19 @@ def average(G_ema, G, decay):
 
 @torch.no_grad()
 def sampler(G_ema):
-    """The network that draws: a folded copy, its tables filled with statistics of its own."""
+    """The network that draws: a copy in eval mode, its tables filled with statistics of its own."""
     G = copy.deepcopy(G_ema).train()
     y = torch.arange(G.config.num_classes, device=G.embeddings.weight.device)
-    rows = torch.linspace(1e-6, 1, G.config.n_stats).tolist()
-    for truncation in rows + rows:              # twice: at first u and v still turn to their places
-        z = truncated_noise(len(y), G.config.z_dim, truncation).to(y.device)
-        G(z, y, truncation)
-    return fold(G.requires_grad_(False))
+    # Twice: at first u and v still turn to their places.
+    for truncation in 2 * torch.linspace(1e-6, 1, G.config.n_stats).tolist():
+        G(truncated_noise(len(y), G.config.z_dim, truncation).to(y.device), y, truncation)
+    return G.eval()
 
 
 # ---- the small BigGAN: its game ------------------------------------------------------------------
 
 def train(cfg, images, labels, out, device):
-    """The whole game, from out/last.pt if there is one. Returns (G that draws, D, log).
+    """The whole game, from out/last.pt if there is one. Returns (G that draws, log).
 
     images uint8 (n, 3, 32, 32), labels (n,), on the device; writes grids, log.csv and last.pt."""
     torch.manual_seed(cfg.seed)
@@ -391,9 +367,8 @@ def train(cfg, images, labels, out, device):
     amp = data.autocast(cfg.amp, device)
 
     for step in range(start + 1, cfg.steps + 1):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # what a step draws depends on nothing else:
-        for opt in (opt_G, opt_D):                      # a resumed run is the uninterrupted one
-            opt.param_groups[0]["lr"] = LR * min(1., 2 - 2 * (step - 1) / cfg.steps)
+        # What a step draws depends on nothing else: a resumed run is the uninterrupted one.
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
 
         # ---- D: raise D(x, y), lower D(G(z, y), y) ----
         i = torch.randint(len(images), (BATCH,), device=device)
@@ -406,7 +381,7 @@ def train(cfg, images, labels, out, device):
             fake = D(x_fake.detach(), y_fake)           # detach: D's loss must not reach into G
         loss_D = d_hinge(real, fake)
         if step % 4 == 0:                        # lazily: Karras 2020, appendix B
-            loss_D += 4 * R1 * r1_penalty(D, x, y)
+            loss_D += 4 * R1 * conditional_r1(D, x, y)
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
@@ -430,7 +405,7 @@ def train(cfg, images, labels, out, device):
             x = sample(sampler(G_ema), fixed_z, fixed_y)
             data.save(data.grid(x, len(EYES)), out / f"{step:06d}.png")
             data.save_checkpoint(out / "last.pt", parts, step, cfg)
-    return sampler(G_ema), D, log
+    return sampler(G_ema), log
 
 
 # ---- t-SNE, van der Maaten & Hinton 2008 ---------------------------------------------------------
@@ -441,7 +416,7 @@ def conditional(x, perplexity):
     beta_i = 1 / (2 sigma_i^2) by bisection of its logarithm, all rows at once, until row i counts
     as many neighbours as asked: perplexity = exp(entropy of row i), sec. 2; it is below n - 1."""
     d2 = torch.cdist(x.double(), x.double()) ** 2
-    d2 = d2 / d2.mean(1, keepdim=True).clamp(min=1e-300)
+    d2 = d2 / d2.mean(1, keepdim=True)
     d2.fill_diagonal_(math.inf)                                         # p_{i|i} = 0
     log_beta, step = torch.zeros_like(d2[:, :1]), 20.
     for _ in range(50):
@@ -506,7 +481,7 @@ def tsne(x, perplexity=30., seed=0, steps=1000):
 
 COURSE = {282: "tiger cat", 283: "Persian cat", 181: "Bedlington terrier", 184: "Irish terrier",
           837: "sunglasses", 1: "goldfish", 826: "stopwatch", 2: "great white shark"}
-PAIRS = {"good": [(282, 283), (181, 184)], "bad": [(837, 1), (826, 2)]}     # says the course
+COURSE_PAIRS = {"good": [(282, 283), (181, 184)], "bad": [(837, 1), (826, 2)]}     # says the course
 
 
 def imagenet_names():
@@ -515,7 +490,7 @@ def imagenet_names():
         names = json.loads(data.fetch("imagenet-simple-labels.json", [
             "https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/"
             "master/imagenet-simple-labels.json"]).read_text())
-    except (data.Unavailable, ValueError):
+    except data.Unavailable:
         names = [f"class {i}" for i in range(1000)]
     return [COURSE.get(i, name) for i, name in enumerate(names)]
 
@@ -527,11 +502,11 @@ def between(r1, r2, alphas):
     return alphas * r1 + (1 - alphas) * r2
 
 
-def extreme_pairs(r, farthest=False):
-    """The four nearest (or farthest) pairs i < j of vectors (n, d)."""
+def extreme_pairs(r):
+    """The four nearest and the four farthest pairs i < j of vectors (n, d)."""
     i, j = torch.triu_indices(len(r), len(r), 1)
-    order = torch.cdist(r, r)[i, j].argsort(descending=farthest)[:4]
-    return list(zip(i[order].tolist(), j[order].tolist()))
+    pairs = torch.stack([i, j], 1)[torch.cdist(r, r)[i, j].argsort()]   # (n (n - 1) / 2, 2)
+    return {"near": pairs[:4].tolist(), "far": pairs[-4:].tolist()}
 
 
 ALPHAS = [1 - k / 10 for k in range(11)]
@@ -540,12 +515,7 @@ ALPHAS = [1 - k / 10 for k in range(11)]
 def walk(G, i, j, z, truncation):
     """From class i to class j at one fixed z (1, z_dim): pictures uint8 (11, 3, S, S)."""
     r = between(G.embed(i), G.embed(j), ALPHAS)
-    return sample(G, z.expand(len(r), -1), r, truncation, by=1)
-
-
-def mean_step(x):
-    """How much a pixel of a walk (k, 3, S, S) changes from picture to picture, in 0 .. 255."""
-    return x.float().diff(dim=0).abs().mean().item()
+    return sample(G, z.expand(len(r), -1), r, truncation)
 
 
 # ---- what was drawn ------------------------------------------------------------------------------
@@ -569,30 +539,28 @@ def judge(G, name, images, device):
     """FID, precision, recall, and the share of faces whose hair and eyes are as asked, at
     truncation 1, 20 faces a class."""
     y = torch.arange(len(FACES)).repeat(20)
-    z = truncated_noise(len(y), SMALL.z_dim)
-    x = sample(G, z.to(device), y.to(device))
+    x = sample(G, truncated_noise(len(y), SMALL.z_dim).to(device), y.to(device))    # a face each
     net = fid.classifier(name, SMALL.size, device)
     result = fid.against(net, images, x, name)
-    asked = torch.unravel_index(y, (len(HAIR), len(EYES)))
-    for part, seen, wanted in zip(("hair", "eyes"), net.attributes(x), asked):
-        result[part] = (seen == wanted).float().mean().item()           # 1 is perfect
+    hair, eyes = net.attributes(x)
+    result["hair"] = (hair == y // len(EYES)).float().mean().item()     # 1 is perfect
+    result["eyes"] = (eyes == y % len(EYES)).float().mean().item()
     return result
 
 
-def evaluate(cfg, nets, names, scores, log, out, device):
-    """Map, walks and result.json. nets: dict with G; scores: what judge() says of the small one."""
-    G = nets["G"]
+def evaluate(cfg, G, names, scores, log, out, device):
+    """Map, walks and result.json. scores: what judge() says of the small one, or {}."""
     r = G.embeddings.weight.T.cpu()                            # (classes, embed_dim)
-    kinds = {"near": extreme_pairs(r), "far": extreme_pairs(r, farthest=True)}
+    kinds = extreme_pairs(r)
     if not scores:
-        kinds = PAIRS | kinds
+        kinds = COURSE_PAIRS | kinds
     z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
     rows, left, result = [], [], {}
     for kind, pairs in kinds.items():
         walks = [walk(G, i, j, z, cfg.truncation) for i, j in pairs]
         rows += walks
         left += [f"{kind}: {names[i]} > {names[j]}" for i, j in pairs]
-        result[kind] = mean_step(torch.stack(walks, 1))
+        result[kind] = torch.stack(walks).float().diff(dim=1).abs().mean().item()   # in 0 .. 255
     data.sheet(rows, out / "interpolation.png", left, [f"{a:.1f}" for a in ALPHAS],
                f"alpha r1 + (1 - alpha) r2 at one z, truncation {cfg.truncation:g}")
     result["KL"] = draw_map(r, names, sum(kinds.values(), []), cfg, out)
@@ -600,10 +568,10 @@ def evaluate(cfg, nets, names, scores, log, out, device):
     if scores:
         words = (f"{fid.line(scores)}; precision {scores['precision']:.2f}, as asked: hair "
                  f"{scores['hair']:.1%}, eyes {scores['eyes']:.1%}; {words}")
-    data.finish(out, cfg, log, nets, scores | result, [
+    data.finish(out, cfg, log, dict(G=G), scores | result, [
         ("losses", ["D", "G"]),
         ("D on real and fake, before and after", ["D(x)", "D(G(z)) before", "D(G(z)) after"]),
-    ], words)
+    ], words, step=log.last)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -620,18 +588,15 @@ def main(argv=None):
     begun = cfg.resume and (out / "last.pt").is_file()
     if cfg.model == "published" or not (cfg.model or begun):
         try:
-            path = data.fetch(f"biggan-deep-{cfg.size}-pytorch_model.bin",
-                              [S3.format(cfg.size), MIRROR.format(cfg.size)])
-            G = load_published(path, Config(size=cfg.size)).to(device)
-            return evaluate(cfg, dict(G=G), imagenet_names(), {}, data.Log(out, 0), out, device)
+            G = load_published(data.fetch("biggan-deep-128-pytorch_model.bin", URLS)).to(device)
+            return evaluate(cfg, G, imagenet_names(), {}, data.Log(out, 0), out, device)
         except data.Unavailable as e:
             need(not cfg.model, f"{e}; or --model small, which is trained here")
             print(f"model    small, trained here: {e}")
     need(cfg.steps or begun, f"no {out}/last.pt to go by: train first, or name --out")
     name, images, labels, _ = data.choose("faces-a", SMALL.size)
-    G, D, log = train(cfg, images.to(device), labels.to(device), out, device)
-    scores = judge(G, name, images, device)
-    evaluate(cfg, dict(G=G, D=D), FACES, scores, log, out, device)
+    G, log = train(cfg, images.to(device), labels.to(device), out, device)
+    evaluate(cfg, G, FACES, judge(G, name, images, device), log, out, device)
 
 
 if __name__ == "__main__":

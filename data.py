@@ -2,7 +2,6 @@
 
     python data.py show digits out/digits.png            a page of a data set, or of a folder
     python data.py compare out/a out/b --out out/ab      runs on one sheet, their curves, a table
-    python data.py strips out/strips.png out/a out/b     the first pictures of each run, a row a run
 
 A data set is one uint8 tensor (N, C, S, S): MNIST is 60 MB, so it lives on the device as a whole
 and a batch is an index into it. No worker process, no picture decoded twice. What is downloaded,
@@ -111,6 +110,14 @@ def write_json(path, record):
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 
+def save_state(path, state):
+    """torch.save, atomically; into memory first, since torch hides a full disk's error."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic(path) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
 def save_array(path, x):
     """A CPU tensor -> an .npy file, atomically."""
     with atomic(path) as part, open(part, "wb") as f:
@@ -191,15 +198,11 @@ def read_idx(path):
             if zeros or kind != 8 or dimensions not in (1, 3):
                 raise ValueError("wrong magic number")
             shape = struct.unpack(f">{dimensions}I", f.read(4 * dimensions))
-            size = math.prod(shape)
-            if size > 1 << 28:
-                raise ValueError(f"impossible shape {shape}")
+            size = min(math.prod(shape), MAX_BYTES)
             raw = f.read(size + 1)
-        if len(raw) != size:
-            raise ValueError(f"{len(raw):,} bytes where the header {shape} promises {size:,}")
+        return np.frombuffer(raw, np.uint8).reshape(shape)
     except Exception as e:                          # a damaged gzip raises nearly anything
         raise UserError(f"{path} is no whole idx file ({e}); delete it") from e
-    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def read_picture(source, channels=3):
@@ -287,17 +290,13 @@ def members(name, urls=()):
 
 
 def cached(key, build):
-    """(images, labels or None) as tensors, built once and kept in downloads/cache/<key>.npz."""
-    path = DOWNLOADS / "cache" / f"{key}.npz"
+    """(images, labels or None) as tensors, built once and kept in downloads/cache/<key>.pt."""
+    path = DOWNLOADS / "cache" / f"{key}.pt"
     with contextlib.suppress(Exception):            # there is none, or a damaged one: build it
-        with np.load(path, allow_pickle=False) as f:
-            arrays = [torch.from_numpy(f[name]) for name in f.files]
-        return arrays[0], (arrays + [None])[1]
-    images, labels = build()
-    arrays = [images] if labels is None else [images, labels]
-    with atomic(path) as part, open(part, "wb") as f:
-        np.savez(f, *arrays)
-    return torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
+        return torch.load(path, weights_only=True)
+    arrays = [None if a is None else torch.from_numpy(a) for a in build()]
+    save_state(path, arrays)
+    return arrays
 
 
 # ---- sets that are downloaded or placed by hand --------------------------------------------------
@@ -439,19 +438,20 @@ def draw_faces(style, n, first, size):
 
     Style "a": shaded from the upper left, no outline, on slate. Style "b": flat, black outline, on
     cream. Face i is the same in both styles: b[i] is the true translation of a[i]."""
-    line, ground = (None, (92, 106, 128)) if style == "a" else ((0, 0, 0), (255, 250, 235))
+    soft = style == "a"
     v, u = np.mgrid[0:size, 0:size] / (size - 1)
-    light = 1.12 - .42 * np.hypot(u - .25, v - .2) if style == "a" else np.ones((size, size))
+    light = 1.12 - .42 * np.hypot(u - .25, v - .2)                      # (S, S)
     x, labels = np.empty((n, 3, size, size), np.uint8), np.empty(n, np.int64)
     for i in range(n):
         r = np.random.RandomState(first + i)
         hair, eye, p = r.randint(12), r.randint(11), r.uniform(-1, 1, 7)
-        im = Image.new("RGB", (128, 128), ground)
+        im = Image.new("RGB", (128, 128), (92, 106, 128) if soft else (255, 250, 235))
         draw = ImageDraw.Draw(im)
         for cx, cy, rx, ry, colour in face_ellipses(RGB[HAIR[hair]], RGB[EYES[eye]], p):
-            draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), colour, line, 3)
-        im = np.asarray(im.resize((size, size), Image.Resampling.BOX))      # (S, S, 3)
-        x[i] = np.clip(im.transpose(2, 0, 1) * light, 0, 255)
+            box = cx - rx, cy - ry, cx + rx, cy + ry
+            draw.ellipse(box, colour, outline=None if soft else "black", width=3)
+        im = np.array(im.resize((size, size), Image.Resampling.BOX)).transpose(2, 0, 1)
+        x[i] = (im * light).clip(0, 255) if soft else im
         labels[i] = 11 * hair + eye
     return x, labels
 
@@ -600,7 +600,7 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
 
 def gif(path, files):
     """PNG files -> one looping GIF of about 40 frames, the last one held."""
-    files = files[::-1][::math.ceil(len(files) / 40)][::-1]             # the last one stays
+    files = files[::-1][::1 + len(files) // 40][::-1]                   # the last one stays
     frames = [Image.open(file).convert("RGB") for file in files]
     with atomic(path) as part:
         frames[0].save(part, format="GIF", save_all=True, append_images=frames[1:], loop=0,
@@ -612,33 +612,33 @@ def gif(path, files):
 
 def ticks(low, high):
     """Round numbers, 1, 2 or 5 times a power of ten apart, between low and high."""
-    step = 10 ** math.floor(math.log10((high - low) / 2))
+    step = 10. ** math.floor(math.log10((high - low) / 2))
     step *= max(m for m in (1, 2, 5) if step * m <= (high - low) / 2)
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
 def panel(draw, top, height, title, lines):
-    """One chart at this height of a page 830 pixels wide: lines {name: (xs, ys)}. An axis covers
-    the 1st to the 99th percentile of what it shows."""
+    """One chart at this height of a page 830 pixels wide: lines {name: (xs, ys)}. The vertical axis
+    covers the 1st to the 99th percentile."""
     xs, ys = (np.concatenate([line[k] for line in lines.values()]) for k in (0, 1))
-    low = np.array([xs.min(), np.percentile(ys, 1)])
-    high = np.array([xs.max(), np.percentile(ys, 99)])
-    edge = np.maximum(1e-6 + .01 * abs(high), [0, .06 * (high - low)[1]])
-    low, high = low - edge, high + edge
+    low, high = np.percentile(ys, [1, 99])
+    edge = .06 * (high - low) + .01 * abs(high) + 1e-6
+    low, high = np.array([xs.min(), low - edge]), np.array([xs.max() + 1e-6, high + edge])
     corner, size = np.array([60, top + height - 24]), np.array([754, 68 - height])
 
-    def place(point):
-        return tuple(corner + (np.clip(point, low, high) - low) / (high - low) * size)
+    def place(x, y):
+        share = (np.clip((x, y), low, high) - low) / (high - low)
+        return tuple(corner + share * size)
     for v in ticks(low[1], high[1]):
-        draw.line((place((low[0], v)), place((high[0], v))), (225, 225, 225))
-        write(draw, (54, place((0, v))[1]), f"{v:.4g}", anchor="rm")
+        draw.line((place(low[0], v), place(high[0], v)), (225, 225, 225))
+        write(draw, (54, place(0, v)[1]), f"{v:.4g}", anchor="rm")
     for v in ticks(low[0], high[0]):
-        write(draw, (place((v, 0))[0], corner[1] + 6), f"{v:g}", anchor="mt")
-    draw.rectangle((60, top + 44, 814, corner[1]), outline="black")
+        write(draw, (place(v, 0)[0], top + height - 18), f"{v:g}", anchor="mt")
+    draw.rectangle((60, top + 44, 814, top + height - 24), outline="black")
     write(draw, (60, top + 14), title, 15)
     x = 64
     for (name, points), colour in zip(lines.items(), COLOURS * 3):
-        draw.line([place(point) for point in zip(*points)], colour, 2)
+        draw.line([place(*point) for point in zip(*points)], colour, 2)
         draw.line((x, top + 34, x + 16, top + 34), colour, 4)
         write(draw, (x + 20, top + 34), name)
         x += 34 + font().getlength(name)
@@ -839,11 +839,12 @@ def versions():
 # ---- runs: folder, checkpoints, log --------------------------------------------------------------
 
 def run_folder(name, cfg, changes, free):
-    """The folder of a run, out/<name>-<what was changed>, made and announced."""
-    tail = "".join(f"-{field}{value}" for field, value in changes.items() if field not in free)
-    out = Path(cfg.out or "out/" + re.sub("[/, ]", "+", name + tail))
+    """The folder of a run, out/<name>-<what was changed>, announced."""
+    for field, value in vars(cfg).items():
+        if field in changes and field not in free:
+            name += f"-{field}{value}"
+    out = Path(cfg.out or "out/" + re.sub("[/, ]", "+", name))
     need(not out.is_file(), f"--out {out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
     v = versions()
     print(f"run      {out}  seed {cfg.seed}  {v['gpu'] or 'CPU'}  {v['threads']} threads  "
           f"torch {v['torch']}", flush=True)
@@ -866,16 +867,13 @@ def kept(cfg, out):
 
 def save_checkpoint(path, parts, step, cfg):
     """Networks and optimisers, step and config -> file, atomically; BlewUp if a weight is not
-    finite, and the file stays. (Into memory first: torch hides a full disk's error.)"""
+    finite, and the file stays."""
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             if not all(p.isfinite().all() for p in part.parameters()):
                 raise BlewUp(step)
     state = {name: part.state_dict() for name, part in parts.items()}
-    buffer = io.BytesIO()
-    torch.save(dict(state, step=step, config=dataclasses.asdict(cfg)), buffer)
-    with atomic(path) as part:
-        part.write_bytes(buffer.getbuffer())
+    save_state(path, dict(state, step=step, config=dataclasses.asdict(cfg)))
 
 
 def load_checkpoint(path, device="cpu"):
@@ -892,7 +890,7 @@ def restore(parts, path, cfg, free, device):
     With --resume 0 the run before goes. UserError where a field that is not free has changed."""
     old = list(path.parent.glob(".*.part"))             # what a killed run left half-written
     if not cfg.resume:
-        old += [*path.parent.glob("[0-9]" * 6 + ".png"), path.parent / "log.csv", path]
+        old += [*sample_grids(path.parent), path.parent / "log.csv", path]
     for file in old:
         file.unlink(missing_ok=True)
     if not path.is_file():
@@ -917,7 +915,8 @@ def restore(parts, path, cfg, free, device):
 
 def clock(seconds):
     """75 -> 1:15."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
 
 
 class Log:
@@ -927,11 +926,11 @@ class Log:
 
     def __init__(self, out, total, start=0):
         self.path, self.total, self.start = out / "log.csv", total, start
+        lines = self.path.read_text().splitlines() if start and self.path.exists() else ()
         self.rows = []
-        if start and self.path.exists():
-            for row in csv.DictReader(self.path.read_text().splitlines()):
-                if float(row["step"]) <= start:
-                    self.rows.append({name: float(value) for name, value in row.items()})
+        for row in csv.DictReader(lines):
+            if float(row["step"]) <= start:
+                self.rows.append({name: float(value) for name, value in row.items()})
         self.before = self.rows[-1]["seconds"] if self.rows else 0.
         self.begun = self.then = time.monotonic()
         self.last = start
@@ -962,13 +961,18 @@ class Log:
               f"{clock(left)} left", flush=True)
 
 
+def sample_grids(out):
+    """The sample pictures of a run, 000001.png and so on, in order."""
+    return sorted(out.glob("[0-9]" * 6 + ".png"))
+
+
 def finish(out, cfg, log, nets, metrics, panels, headline, **more):
     """The end of every run: curves.png, training.gif, result.json; the headline comes last."""
     seconds = 0.
     if log.rows:
         seconds = log.rows[-1]["seconds"]
         curves(out / "curves.png", log.table(), panels)
-        gif(out / "training.gif", sorted(out.glob("[0-9]" * 6 + ".png")))
+        gif(out / "training.gif", sample_grids(out))
     write_json(out / "result.json", dict(
         command="python " + " ".join(sys.argv), config=dataclasses.asdict(cfg), versions=versions(),
         parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
@@ -988,7 +992,7 @@ def read_run(folder):
     except (OSError, ValueError):
         raise UserError(f"{folder} is no finished run (no result.json); train it first") from None
     picture = Image.new("RGB", (400, 400), "white")             # if it blew up before the first
-    for path in sorted(folder.glob("[0-9]" * 6 + ".png")):
+    for path in sample_grids(folder):
         picture = Image.open(path).convert("RGB")
     return folder.name, record, picture, Log(folder, 0, record["step"]).table()
 
@@ -1001,59 +1005,43 @@ def short(value):
 
 
 def compare(folders, out):
-    """Several runs: last samples on <out>.png, curves on <out>-curves.png, numbers in <out>.md.
-    Returns the table, Markdown, a row a run."""
+    """Several runs: the first row of their last samples on <out>.png, curves on <out>-curves.png,
+    numbers in <out>.md. Returns the table, Markdown, a row a run."""
     runs = [read_run(folder) for folder in folders]
     names = list(dict.fromkeys(k for run in runs for k, v in run[1]["metrics"].items() if short(v)))
     table = ["| run | steps | seconds | " + " | ".join(names) + " |"]
     table.append("|---" * (3 + len(names)) + "|")
-    lines = {}
-    page = Image.new("RGB", (830, 475 * math.ceil(len(runs) / 2)), "white")
-    draw = ImageDraw.Draw(page)
-    for k, (name, record, picture, log) in enumerate(runs):
+    lines, strips = {}, []
+    for name, record, picture, log in runs:
         numbers = [record["step"], round(record["seconds"])]
         numbers += [record["metrics"].get(metric) for metric in names]
         table.append(f"| {name} | " + " | ".join(short(v) for v in numbers) + " |")
         for column in set(log) - {"step", "seconds"}:
             lines.setdefault(column, {})[name] = log["step"], log[column]
-        x, y = 415 * (k % 2) + 6, 475 * (k // 2)
-        write(draw, (x, y + 12), name, 15)
-        write(draw, (x, y + 32), record["headline"][:64])
-        picture.thumbnail((400, 420))
-        page.paste(picture, (x, y + 46))
-    save(page, f"{out}.png")
+        w, h = picture.size
+        if w == h:                                  # a grid of 8 x 8; else a sheet, shown whole
+            picture, h = picture.crop((0, 0, w, w // 8)), w // 8
+        picture = np.array(picture.resize((640, 640 * h // w)))
+        strips.append(torch.from_numpy(picture).permute(2, 0, 1)[None])
+    sheet(strips, f"{out}.png", [run[0] for run in runs])
     if lines:
         chart(f"{out}-curves.png", sorted(lines.items()))
     write_text(f"{out}.md", "\n".join(table) + "\n")
     return "\n".join(table)
 
 
-def strips(path, folders, columns=8):
-    """The top row of each run's last grid of 64 pictures, a row a run with its name. A PNG."""
-    rows, left = [], []
-    for folder in folders:
-        name, record, picture, _ = read_run(folder)
-        row = picture.crop((0, 0, picture.width, picture.width // columns)).resize((640, 80))
-        rows.append(torch.from_numpy(np.array(row)).permute(2, 0, 1)[None])
-        left.append(f"{name}, {record['step']:,} steps")
-    return sheet(rows, path, left)
-
-
 def main(argv=None):
-    """The command line: show, compare, strips."""
+    """The command line: show, compare."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=["show", "compare", "strips"])
-    parser.add_argument("words", nargs="+", help="NAME FILE.png | RUN ... | FILE.png RUN ...")
+    parser.add_argument("do", choices=["show", "compare"])
+    parser.add_argument("words", nargs="*", help="of show, NAME FILE.png; of compare, RUN RUN ...")
     parser.add_argument("--out", default="out/compare", help="of compare, without .png")
     parser.add_argument("--size", type=int, default=32, help="of show, pixels a side")
     a = parser.parse_args(argv)
-    first, *others = a.words
-    need(others or a.do == "compare", "name a picture to write to and what it is to show")
+    need(len(a.words) > (a.do == "show"), f"{a.do} what? python data.py --help has examples")
     if a.do == "show":
-        _, images, _, _ = choose(first, a.size)
-        print("wrote", save(grid(images[:: max(1, len(images) // 100)][:100], 10), others[0]))
-    elif a.do == "strips":
-        print("wrote", strips(first, others))
+        _, images, _, _ = choose(a.words[0], a.size)
+        print("wrote", save(grid(images[:: 1 + len(images) // 100], 10), a.words[1]))
     else:
         print(compare(a.words, a.out))
         print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")

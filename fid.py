@@ -20,8 +20,16 @@ No inverse, no epsilon, so singular covariances are as good as others. The centr
 an F, and so is the triangle of their QR decomposition, which is small where there are many.
 
 Which network? The published Inception if it can be had: its FIDs compare with the papers' at equal
-n. Else a small classifier trained here on the data set itself: its FIDs compare with each other.
-MEASURE
+n. Else a small classifier trained here on the data set itself: its FIDs compare with each other. It
+is trained on pictures with lifted background, less contrast, noise, blur and shifts, so that a
+veil that an eye hardly sees is no catastrophe to it, and is still seen. Without labels it guesses
+turns, colours, disturbances, and which picture it is.
+
+Measured, one thread of an AMD EPYC beside other work, torch 2.13, processor time:
+    python fid.py sanity --data mnist        classifier 52 s, 99.35% of the test pictures right
+    python fid.py sanity --data emoji-apple  floor 0.81; noise of sigma 0.12: 32 floors; a share of
+                                             0.6 with channels exchanged: 13, or one picture: 31
+    python test_all.py bench                 MEASURE
 """
 import json
 from collections import OrderedDict
@@ -258,14 +266,12 @@ def pretext(x, i):
 
 
 def augment(x):
-    """Pictures (N, C, S, S) in [-1, 1], moved by up to 2 pixels, disturbed twice."""
+    """Pictures (N, C, S, S) in [-1, 1], moved by up to 2 pixels around the edge, and disturbed."""
     x = x.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
-    for _ in range(2):
-        x = disturb(x, torch.randint(6, (len(x),)), torch.rand(len(x)))
-    return x
+    return disturb(x, torch.randint(6, (len(x),)), torch.rand(len(x)))
 
 
-STEPS = 1500                        # of a classifier's training
+STEPS = 2000                        # of a classifier's training
 
 
 def train_classifier(net, images, labels):
@@ -281,8 +287,9 @@ def train_classifier(net, images, labels):
         else:
             x, y = augment(x), torch.unravel_index(labels[i], net.heads)    # 11 * hair + eyes
         loss = 0.                           # each head's share of it begins at about 1
-        for logits, part in zip(net(x.to(device)), y):
-            loss += F.cross_entropy(logits, part.to(device)) / np.log(logits.shape[1])
+        with data.autocast(-1, device):
+            for logits, part in zip(net(x.to(device)), y):
+                loss += F.cross_entropy(logits, part.to(device)) / np.log(logits.shape[1])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
