@@ -15,13 +15,10 @@ compare.
 """
 import argparse
 import contextlib
-import csv
 import ctypes
 import dataclasses
-import errno
 import gzip
 import hashlib
-import http.client
 import inspect
 import io
 import json
@@ -29,13 +26,13 @@ import math
 import os
 import platform
 import re
-import struct
 import sys
 import tarfile
 import time
 import typing
 import urllib.request
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +43,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 DOWNLOADS = Path(os.environ.get("DOWNLOADS", "downloads"))
+RANK = int(os.environ.get("RANK", 0))                   # torchrun says which process of how many
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 MAX_PIXELS = 50_000_000                 # larger pictures and archive members are bombs: refused
 MAX_BYTES = 1 << 26
 
@@ -93,7 +92,7 @@ def atomic(path):
         yield part
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
-        if rank() == 0:
+        if RANK == 0:
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -121,7 +120,7 @@ def save_state(path, state):
 def save_array(path, x):
     """A CPU tensor -> an .npy file, atomically."""
     with atomic(path) as part, open(part, "wb") as f:
-        np.save(f, x.contiguous().numpy())
+        np.save(f, x.numpy())
 
 
 def save_samples(path, x):
@@ -131,10 +130,7 @@ def save_samples(path, x):
 
 def find(name):
     """Where `name` lies, in $DATA_DIR or else in downloads/; None if in neither."""
-    roots = [DOWNLOADS]
-    if os.environ.get("DATA_DIR"):
-        roots.insert(0, Path(os.environ["DATA_DIR"]))
-    for root in roots:
+    for root in Path(os.environ.get("DATA_DIR") or DOWNLOADS), DOWNLOADS:
         if (root / name).exists():
             return root / name
     return None
@@ -146,45 +142,40 @@ def sha256_of(path):
 
 
 def download(url, path, sha256=None):
-    """Fetch one URL to `path`, with progress. ValueError or OSError unless all of it arrives."""
+    """Fetch one URL to `path`, with progress. UserError or OSError unless all of it arrives."""
     with urllib.request.urlopen(url, timeout=10) as answer, atomic(path) as part:
-        total = int(answer.headers.get("Content-Length") or 0)
+        total = int(answer.headers["Content-Length"] or 0)
         got = 0
         with open(part, "wb") as f:
             while chunk := answer.read(1 << 16):
-                if not got and chunk.lstrip()[:1] == b"<":
-                    raise ValueError("a web page came instead of the file")
+                need(got or chunk.lstrip()[:1] != b"<", "a web page came instead of the file")
                 f.write(chunk)
                 got += len(chunk)
                 if sys.stdout.isatty():
                     print(f"\r{path.name}  {got / 1e6:.1f} of {total / 1e6:.1f} MB", end="\r")
-        if got < max(total, 1):
-            raise ValueError(f"cut off after {got:,} of {total:,} bytes")
-        if sha256 and sha256_of(part) != sha256:
-            raise ValueError(f"wrong file: its sha256 is {sha256_of(part)}")
+        need(got >= max(total, 1), f"cut off after {got:,} of {total:,} bytes")
+        need(not sha256 or sha256_of(part) == sha256, f"wrong file: its sha256 is not {sha256}")
     print(f"downloaded {url} ({got / 1e6:.1f} MB)")
-    return path
 
 
 def fetch(name, urls, sha256=None):
     """Path of `name`: found on disk, or downloaded from the first of the URLs that works.
 
-    Errors: Unavailable, naming the mirrors; UserError where the file on disk has another hash."""
+    Errors: Unavailable, with what each mirror said; UserError if the file on disk has another
+    hash."""
     found = find(name)
     if found:
         need(not sha256 or sha256_of(found) == sha256,
              f"{found} is damaged or another file (sha256 is not {sha256}); delete it")
         return found
-    why = []
+    why = f"{name} is not on disk and no mirror has it"
     for url in urls:
         try:
-            return download(url, DOWNLOADS / name, sha256)
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS):
-                raise                               # the disk's fault, not the mirror's
-            why.append(f"{url.split('/')[2]}: {getattr(e, 'reason', None) or e}")
-    raise Unavailable(f"{name} cannot be downloaded ({'; '.join(why)}); put the file of {urls[0]} "
-                      f"at {DOWNLOADS / name}")
+            download(url, DOWNLOADS / name, sha256)
+            return DOWNLOADS / name
+        except (OSError, UserError, HTTPException) as e:
+            why += f"; {url}: {e}"
+    raise Unavailable(f"{why}; put it at {DOWNLOADS / name}")
 
 
 # ---- reading: idx files, archives, pictures ------------------------------------------------------
@@ -194,13 +185,10 @@ def read_idx(path):
     a big-endian uint32 a dimension; the bytes."""
     try:
         with gzip.open(path) as f:
-            zeros, kind, dimensions = struct.unpack(">HBB", f.read(4))
-            if zeros or kind != 8 or dimensions not in (1, 3):
-                raise ValueError("wrong magic number")
-            shape = struct.unpack(f">{dimensions}I", f.read(4 * dimensions))
-            size = min(math.prod(shape), MAX_BYTES)
-            raw = f.read(size + 1)
-        return np.frombuffer(raw, np.uint8).reshape(shape)
+            raw = f.read(MAX_BYTES)                 # no more, should it be a bomb
+        need(raw[:3] == b"\0\0\x08", "wrong magic number")
+        shape = np.frombuffer(raw, ">u4", raw[3], 4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
     except Exception as e:                          # a damaged gzip raises nearly anything
         raise UserError(f"{path} is no whole idx file ({e}); delete it") from e
 
@@ -213,15 +201,14 @@ def read_picture(source, channels=3):
         name, file = source[0], io.BytesIO(source[1])
     try:
         with Image.open(file) as im:
-            if im.width * im.height > MAX_PIXELS:
-                raise ValueError(f"{im.width} x {im.height} are over {MAX_PIXELS:,} pixels")
-            if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
+            need(im.width * im.height <= MAX_PIXELS,
+                 f"{im.width} x {im.height} are over {MAX_PIXELS:,} pixels")
+            if im.has_transparency_data:
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
             im = im.convert("L" if channels == 1 else "RGB")
     except Exception as e:                          # a damaged picture raises nearly anything
-        why = str(e) or type(e).__name__
-        raise UserError(f"{name} is no readable picture ({why}); remove it") from e
+        raise UserError(f"{name} is no readable picture ({e}); remove it") from e
     return torch.from_numpy(np.array(im)).view(im.height, im.width, channels).permute(2, 0, 1)
 
 
@@ -244,74 +231,75 @@ def fit(x, size):
     x = x[..., top:top + s, left:left + s]
     if s == size:
         return x.contiguous()
-    batch = x.reshape(-1, *x.shape[-3:]).float()
-    batch = F.interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
-    return batch.round().clamp(0, 255).byte().view(*x.shape[:-2], size, size)
+    planes = x.reshape(-1, 1, s, s).float()
+    planes = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    return planes.round().clamp(0, 255).byte().view(*x.shape[:-2], size, size)
+
+
+def read_all(sources, size):
+    """Pictures, as read_picture takes them -> uint8 (N, 3, size, size)."""
+    return torch.stack([fit(read_picture(source), size) for source in sources])
 
 
 def tar_members(path):
-    """(name, bytes) of each file in a tar archive. Nothing is unpacked, so no name leads outside;
-    links and devices are passed over."""
+    """(name, open file) of each file in a tar archive. Nothing is unpacked, so no name leads
+    outside; links and devices are passed over."""
     with tarfile.open(path) as tar:
         for m in tar:
             if m.isfile():
-                need(m.size <= MAX_BYTES, f"{path}: {m.name} has {m.size:,} bytes; refused")
-                yield m.name, tar.extractfile(m).read()
+                yield m.name, tar.extractfile(m)
 
 
 def zip_members(path):
-    """(name, bytes) of each file in a zip archive."""
+    """(name, open file) of each file in a zip archive."""
     with zipfile.ZipFile(path) as archive:
-        for m in archive.infolist():
-            need(m.file_size <= MAX_BYTES, f"{path}: {m.filename} is too large; refused")
-            if not m.is_dir():
-                yield m.filename, archive.read(m)
+        for name in archive.namelist():
+            yield name, archive.open(name)
 
 
 def members(name, urls=()):
     """(name, bytes) of each file in the folder name/, in name.zip or in name.tar.gz, which is
     downloaded where there is a URL."""
-    folder, path = find(name), find(f"{name}.zip") or find(f"{name}.tar.gz")
+    folder = find(name)
     if folder:
         for p in sorted(folder.rglob("*")):
             if p.is_file():
-                yield f"{name}/{p.relative_to(folder).as_posix()}", p.read_bytes()
+                yield p.as_posix(), p.read_bytes()
         return
-    if not path and not urls:
-        raise Unavailable(f"{name} is not on disk: put {name}.tar.gz, {name}.zip or the folder "
-                          f"{name}/ into {DOWNLOADS}")
-    path = path or fetch(f"{name}.tar.gz", urls)
+    path = find(f"{name}.zip") or fetch(f"{name}.tar.gz", urls)
+    kind = zip_members if path.suffix == ".zip" else tar_members
     try:
-        yield from zip_members(path) if path.suffix == ".zip" else tar_members(path)
-    except UserError:
-        raise
+        for member, file in kind(path):
+            raw = file.read(MAX_BYTES + 1)
+            need(len(raw) <= MAX_BYTES, f"refused: {member} has over {MAX_BYTES:,} bytes")
+            yield member, raw
     except Exception as e:                          # a damaged archive raises nearly anything
         raise UserError(f"{path} is no whole archive ({e}); delete it") from e
 
 
 def cached(key, build):
-    """(images, labels or None) as tensors, built once and kept in downloads/cache/<key>.pt."""
+    """(images, labels or None) of build(), built once and kept in downloads/cache/<key>.pt."""
     path = DOWNLOADS / "cache" / f"{key}.pt"
     with contextlib.suppress(Exception):            # there is none, or a damaged one: build it
         return torch.load(path, weights_only=True)
-    arrays = [None if a is None else torch.from_numpy(a) for a in build()]
-    save_state(path, arrays)
-    return arrays
+    tensors = build()
+    save_state(path, tensors)
+    return tensors
 
 
 # ---- sets that are downloaded or placed by hand --------------------------------------------------
 
 MNIST = {
-    "train-images": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    "train-images-idx3": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
 FASHION = {
-    "train-images": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-    "train-labels": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-    "t10k-images": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-    "t10k-labels": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    "train-images-idx3": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
 MNIST_URLS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/"]
@@ -326,26 +314,27 @@ FACES = [f"{hair} hair {eyes} eyes" for hair in HAIR for eyes in EYES]  # 11 * h
 
 def idx_set(folder, hashes, urls, size, split):
     """MNIST or Fashion-MNIST. 28 -> 32 pads with black, so that every pixel stays exact."""
-    paths = []
-    for kind, dimensions in (("images", 3), ("labels", 1)):
-        part = f"{'train' if split == 'train' else 't10k'}-{kind}"
-        file = f"{part}-idx{dimensions}-ubyte.gz"
-        paths.append(fetch(f"{folder}/{file}", [url + file for url in urls], hashes[part]))
-    x, y = (torch.from_numpy(read_idx(path).copy()) for path in paths)
+    part = "train" if split == "train" else "t10k"
+    arrays = []
+    for name, sha256 in hashes.items():
+        file = f"{name}-ubyte.gz"
+        if name.startswith(part):
+            path = fetch(f"{folder}/{file}", [url + file for url in urls], sha256)
+            arrays.append(torch.from_numpy(read_idx(path).copy()))
+    x, y = arrays
     x = x[:, None]                                              # (N, 1, 28, 28)
-    x = F.pad(x, [(size - 28) // 2] * 4) if size in (28, 32) else fit(x, size)
+    x = F.pad(x, (2, 2, 2, 2)) if size == 32 else fit(x, size)
     return x, y.long()
 
 
 def emoji_set(style, size, split):
     """Apple or Windows emojis on white, (N, 3, size, size)."""
-    folder = f"/{'Test_' if split == 'test' else ''}{style}/"
+    folder = f"/{'Test_' if split == 'test' else ''}{style}/.*png$"
 
     def build():
-        files = sorted(m for m in members("emojis", EMOJI_URLS) if folder in m[0])
-        files = [m for m in files if m[0].endswith(".png")]
-        need(files, f"the emojis archive has no folder {folder}; delete it")
-        return np.stack([fit(read_picture(m), size).numpy() for m in files]), None
+        files = [m for m in members("emojis", EMOJI_URLS) if re.search(folder, m[0])]
+        need(files, f"the emojis archive has no {folder}; delete it")
+        return read_all(sorted(files), size), None
     return cached(f"emoji-{style}-{size}-{split}", build)
 
 
@@ -356,16 +345,16 @@ def anime_set(size, split):
         tags, files = {}, {}
         for name, raw in members("anime"):
             if name.endswith("tags.csv"):
-                rows = csv.reader(io.StringIO(raw.decode("utf-8", "replace")))
-                tags = {row[0]: row[1].strip() for row in rows if len(row) == 2}
+                line = r"^(\d+), *(\w+ hair \w+ eyes)\s*$"
+                tags = dict(re.findall(line, raw.decode("latin-1"), re.M))
             elif name.endswith((".jpg", ".png")):
                 files[Path(name).stem] = (name, raw)
         names = [name for name in files if tags.get(name) in FACES]
         need(names, "anime has no tagged picture: a line of tags.csv is N,<hair> hair <eye> eyes "
              "for images/N.jpg")
         names = held_out(sorted(names, key=int), split)
-        images = np.stack([fit(read_picture(files[name]), size).numpy() for name in names])
-        return images, np.array([FACES.index(tags[name]) for name in names])
+        labels = torch.tensor([FACES.index(tags[name]) for name in names])
+        return read_all([files[name] for name in names], size), labels
     return cached(f"anime-{size}-{split}", build)
 
 
@@ -378,18 +367,16 @@ def folder_set(folder, size, split):
     """A folder of pictures, its sub-folders the classes: (images, labels or None, classes). Of
     fewer than 20 pictures all are in every split."""
     files = pictures(folder)
-    parts = [p.relative_to(folder).parts for p in files]
-    classes = sorted({part[0] for part in parts}) if min(map(len, parts)) > 1 else []
+    kinds = {p: p.relative_to(folder).parts[0] for p in files}      # its sub-folder, or itself
+    classes = [] if set(files) & set(Path(folder).iterdir()) else sorted(set(kinds.values()))
     if split != "all" and len(files) >= 20:
         files = held_out(files, split)
-    stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    stamp = [(str(p.resolve()), p.stat().st_mtime_ns) for p in files]
     key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
     def build():
-        labels = None
-        if classes:
-            labels = np.array([classes.index(p.relative_to(folder).parts[0]) for p in files])
-        return np.stack([fit(read_picture(p), size).numpy() for p in files]), labels
+        labels = torch.tensor([classes.index(kinds[p]) for p in files]) if classes else None
+        return read_all(files, size), labels
     return *cached(f"folder-{key}-{size}", build), classes
 
 
@@ -404,12 +391,10 @@ def draw_digits(n, seed, size):
     for i, y in enumerate(labels):
         im = Image.new("L", (96, 96))
         pen = r.randint(1, 6)
-        ImageDraw.Draw(im).text((48, 48), str(y), 255, font(72), "mm", stroke_width=pen,
-                                stroke_fill=255)
+        ImageDraw.Draw(im).text((48, 48), str(y), 255, font(72), "mm", stroke_width=pen)
         corners = np.array([[0, 0], [0, 96], [96, 96], [96, 0]]) + r.normal(0, 8, (4, 2))
-        im = im.transform((96, 96), Image.Transform.QUAD, corners.ravel(),
-                          Image.Resampling.BILINEAR)
-        x[i, 0] = im.resize((size, size), Image.Resampling.BOX)
+        im = im.transform((96, 96), Image.QUAD, corners.ravel(), Image.BILINEAR)
+        x[i, 0] = im.resize((size, size), Image.BOX)
     return x, labels.astype(np.int64)
 
 
@@ -448,9 +433,9 @@ def draw_faces(style, n, first, size):
         im = Image.new("RGB", (128, 128), (92, 106, 128) if soft else (255, 250, 235))
         draw = ImageDraw.Draw(im)
         for cx, cy, rx, ry, colour in face_ellipses(RGB[HAIR[hair]], RGB[EYES[eye]], p):
-            box = cx - rx, cy - ry, cx + rx, cy + ry
-            draw.ellipse(box, colour, outline=None if soft else "black", width=3)
-        im = np.array(im.resize((size, size), Image.Resampling.BOX)).transpose(2, 0, 1)
+            draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), colour,
+                         outline=None if soft else "black", width=3)
+        im = np.array(im.resize((size, size), Image.BOX)).transpose(2, 0, 1)
         x[i] = (im * light).clip(0, 255) if soft else im
         labels[i] = 11 * hair + eye
     return x, labels
@@ -461,10 +446,13 @@ def drawn_set(name, size, split):
     def build():
         print(f"drawing  {name} ({split}) ...", flush=True)
         if name == "digits":
-            return draw_digits(20_000, 1, size) if split == "train" else draw_digits(4_000, 2, size)
-        if split == "test":
-            return draw_faces(name[-1], 1_000, 20_000, size)
-        return draw_faces(name[-1], 10_000, 10_000 * (name == "faces-b"), size)
+            n, seed = (20_000, 1) if split == "train" else (4_000, 2)
+            arrays = draw_digits(n, seed, size)
+        elif split == "test":
+            arrays = draw_faces(name[-1], 1_000, 20_000, size)
+        else:
+            arrays = draw_faces(name[-1], 10_000, 10_000 * (name == "faces-b"), size)
+        return [torch.from_numpy(a) for a in arrays]
     return cached(f"{name}-{size}-{split}-2", build)
 
 
@@ -489,7 +477,7 @@ def load(name, size, split="train"):
         return *idx_set("mnist", MNIST, MNIST_URLS, size, split), DIGITS
     if name == "fashion":
         return *idx_set("fashion_mnist", FASHION, FASHION_URLS, size, split), CLOTHES
-    if name in ("emoji-apple", "emoji-windows"):
+    if name.startswith("emoji"):
         return *emoji_set(name[6:].capitalize(), size, split), []
     if name == "anime":
         return *anime_set(size, split), FACES
@@ -506,7 +494,7 @@ def choose(names, size, split="train"):
         except Unavailable as e:
             if name == names.split(",")[-1]:
                 raise
-            missing += f"  (no {name}: {str(e).split('; put ')[0]})"
+            missing += f"  (no {name}: {str(e).split(';')[0]})"
             continue
         n, c, h, w = images.shape
         print(f"data     {name}: {n:,} pictures {c} x {h} x {w}{missing}", flush=True)
@@ -525,9 +513,8 @@ def to_uint8(x):
 
 # ---- pictures out --------------------------------------------------------------------------------
 
-COLOURS = [(31, 119, 180), (214, 69, 65), (44, 140, 60), (255, 140, 0), (130, 80, 180),
-           (20, 160, 170), (130, 90, 70), (220, 100, 170), (110, 110, 110), (170, 170, 30),
-           (60, 60, 160), (0, 0, 0)]
+COLOURS = ["#1f77b4", "#d64541", "#2c8c3c", "#ff8c00", "#8250b4", "#14a0aa", "#825a46",
+           "#dc64aa", "#6e6e6e", "#aaaa1e", "#3c3ca0", "#000000"]
 
 
 def font(size=12):
@@ -537,7 +524,7 @@ def font(size=12):
 
 def write(draw, place, words, size=12, anchor="lm"):
     """Black words; anchor: which point of them is at the place, "lm" the middle of the left."""
-    draw.text(tuple(place), words, "black", font(size), anchor)
+    draw.text(place, words, "black", font(size), anchor)
 
 
 def save(image, path):
@@ -547,125 +534,113 @@ def save(image, path):
     return path
 
 
-def as_bytes(x):
-    """(N, C, H, W), uint8 or float in [-1, 1], grey or colour -> uint8 (N, 3, H, W) on the CPU."""
-    if x.dtype != torch.uint8:
-        x = to_uint8(x.detach())
-    return x.expand(-1, 3, -1, -1).cpu()
-
-
 def as_image(x):
     """uint8 (3, H, W) -> Pillow image."""
-    return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
-
-
-def doubled(x):
-    """Pictures (N, C, H, W) of 32 pixels and less twice as large, so that one can see them."""
-    return x.repeat_interleave(2, 2).repeat_interleave(2, 3) if x.shape[2] <= 32 else x
+    return Image.fromarray(x.permute(1, 2, 0).numpy())
 
 
 def grid(images, columns):
-    """Images (N, C, H, W) -> one Pillow image, row by row."""
-    x = F.pad(doubled(as_bytes(images)), (2, 2, 2, 2), value=255)
-    missing = -len(x) % columns
-    x = torch.cat([x, torch.full_like(x[:1], 255).expand(missing, -1, -1, -1)])
+    """uint8 (N, C, H, W), grey or colour -> one Pillow image, row by row; pictures of 32 pixels and
+    less twice as large, so that one can see them."""
+    x = images.expand(-1, 3, -1, -1).cpu()
+    if x.shape[2] <= 32:
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    x = F.pad(x, (2, 2, 2, 2, 0, 0, 0, -len(x) % columns), value=255)   # of W, H, C, N
     n, c, h, w = x.shape
     page = x.view(-1, columns, c, h, w).permute(2, 0, 3, 1, 4)      # (C, rows, H, columns, W)
     return as_image(page.reshape(c, -1, columns * w))
 
 
 def sheet(rows, path, left=(), top=(), title="", marks=()):
-    """Rows of images with words beside and above, as a PNG. rows: tensors (n_i, C, H, W); left: a
-    label a row; top: a label a column; marks: columns that get a red frame."""
-    rows = [doubled(as_bytes(row)) for row in rows]
-    h, w = rows[0].shape[2] + 4, rows[0].shape[3] + 4
-    x0 = 12 + int(max([font().getlength(word) for word in left], default=-8))
+    """Rows of images with words beside and above, as a PNG. rows: uint8 (n_i, C, H, W); left: a
+    label a row; top: a label a column; marks: columns in a red frame."""
+    strips = [grid(row, len(row)) for row in rows]
+    h, w = strips[0].height, strips[0].width / len(rows[0])
+    x0 = 12 + int(max(font().getlength(word) for word in ["", *left]))
     y0 = 4 + 20 * bool(title) + 20 * bool(top)
-    width = max(x0 + w * max(map(len, rows)), 16 + int(font(15).getlength(title)))
+    width = max(x0 + max(strip.width for strip in strips), 16 + int(font(15).getlength(title)))
     page = Image.new("RGB", (width, y0 + h * len(rows)), "white")
     draw = ImageDraw.Draw(page)
     write(draw, (8, 12), title, 15)
+    for i, strip in enumerate(strips):
+        page.paste(strip, (x0, y0 + i * h))
+    for i, word in enumerate(left):
+        write(draw, (6, y0 + i * h + h / 2), word)
     for j, word in enumerate(top):
         write(draw, (x0 + j * w + w / 2, y0 - 4), word, anchor="mb")
-    for i, row in enumerate(rows):
-        y = y0 + i * h
-        write(draw, (6, y + h / 2), left[i] if left else "")
-        for j, picture in enumerate(row):
-            x = x0 + j * w
-            if j in marks:
-                draw.rectangle((x - 2, y - 2, x + w - 3, y + h - 3), "red")
-            page.paste(as_image(picture), (x, y))
+    for j in marks:
+        draw.rectangle((x0 + j * w, y0, x0 + j * w + w - 1, page.height - 1),
+                       outline="red", width=2)
     return save(page, path)
 
 
 def gif(path, files):
     """PNG files -> one looping GIF of about 40 frames, the last one held."""
-    files = files[::-1][::1 + len(files) // 40][::-1]                   # the last one stays
+    files = files[::-1 - len(files) // 40][::-1] + 9 * files[-1:]       # the last one is held
     frames = [Image.open(file).convert("RGB") for file in files]
     with atomic(path) as part:
         frames[0].save(part, format="GIF", save_all=True, append_images=frames[1:], loop=0,
-                       duration=[150] * (len(frames) - 1) + [1500])
-    return path
+                       duration=150)
 
 
 # ---- charts --------------------------------------------------------------------------------------
 
 def ticks(low, high):
     """Round numbers, 1, 2 or 5 times a power of ten apart, between low and high."""
-    step = 10. ** math.floor(math.log10((high - low) / 2))
-    step *= max(m for m in (1, 2, 5) if step * m <= (high - low) / 2)
-    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+    half = (high - low) / 2
+    step = 10. ** math.floor(math.log10(half))
+    step *= max(m for m in (1, 2, 5) if step * m <= half)
+    return np.arange(math.ceil(low / step), high / step) * step
 
 
-def panel(draw, top, height, title, lines):
+def panel(draw, top, title, lines):
     """One chart at this height of a page 830 pixels wide: lines {name: (xs, ys)}. The vertical axis
     covers the 1st to the 99th percentile."""
-    xs, ys = (np.concatenate([line[k] for line in lines.values()]) for k in (0, 1))
-    low, high = np.percentile(ys, [1, 99])
+    x, y = np.concatenate([*lines.values()], 1)
+    low, high = np.percentile(y, [1, 99])
     edge = .06 * (high - low) + .01 * abs(high) + 1e-6
-    low, high = np.array([xs.min(), low - edge]), np.array([xs.max() + 1e-6, high + edge])
-    corner, size = np.array([60, top + height - 24]), np.array([754, 68 - height])
-
-    def place(x, y):
-        share = (np.clip((x, y), low, high) - low) / (high - low)
-        return tuple(corner + share * size)
+    low, high = np.array([x.min(), low - edge]), np.array([x.max() + 1e-6, high + edge])
+    scale = [754, -162] / (high - low)                                  # pixels a unit
     for v in ticks(low[1], high[1]):
-        draw.line((place(low[0], v), place(high[0], v)), (225, 225, 225))
-        write(draw, (54, place(0, v)[1]), f"{v:.4g}", anchor="rm")
+        y = top + 206 + (v - low[1]) * scale[1]
+        draw.line((60, y, 814, y), (225, 225, 225))
+        write(draw, (54, y), f"{v:.4g}", anchor="rm")
     for v in ticks(low[0], high[0]):
-        write(draw, (place(v, 0)[0], top + height - 18), f"{v:g}", anchor="mt")
-    draw.rectangle((60, top + 44, 814, top + height - 24), outline="black")
+        write(draw, (60 + (v - low[0]) * scale[0], top + 212), f"{v:g}", anchor="mt")
+    draw.rectangle((60, top + 44, 814, top + 206), outline="black")
     write(draw, (60, top + 14), title, 15)
     x = 64
-    for (name, points), colour in zip(lines.items(), COLOURS * 3):
-        draw.line([place(*point) for point in zip(*points)], colour, 2)
+    for (name, line), colour in zip(lines.items(), COLOURS * 3):
+        points = (np.transpose(line).clip(low, high) - low) * scale + [60, top + 206]   # (n, 2)
+        draw.line(points.flatten().tolist(), colour, 2)
         draw.line((x, top + 34, x + 16, top + 34), colour, 4)
         write(draw, (x + 20, top + 34), name)
         x += 34 + font().getlength(name)
 
 
-def chart(path, panels, x="step", height=230):
-    """Line charts one below the other, as a PNG. panels: [(title, {name of a line: (xs, ys)})]."""
-    page = Image.new("RGB", (830, height * len(panels) + 20), "white")
+def chart(path, panels):
+    """Line charts one below the other, as a PNG. panels: [(title, {name of a line:
+    (steps, ys)})]."""
+    page = Image.new("RGB", (830, 230 * len(panels) + 20), "white")
     draw = ImageDraw.Draw(page)
     for k, (title, lines) in enumerate(panels):
-        panel(draw, k * height, height, title, lines)
-    write(draw, (814, page.height - 10), x, anchor="rm")
+        panel(draw, 230 * k, title, lines)
+    write(draw, (814, page.height - 10), "step", anchor="rm")
     return save(page, path)
 
 
-def curves(path, table, panels, x="step"):
+def curves(path, table, panels):
     """Panels [(title, [names])] of a table {name: numbers} as a chart; names that the table lacks
     are left out."""
     shown = []
     for title, names in panels:
-        lines = {name: (table[x], table[name]) for name in names if name in table}
+        lines = {name: (table["step"], table[name]) for name in names if name in table}
         if lines:
             shown.append((title, lines))
-    return chart(path, shown, x)
+    return chart(path, shown)
 
 
-def scatter(path, xy, groups, group_names, labels=None, links=(), title="", colours=COLOURS):
+def scatter(path, xy, groups, group_names, labels, links, title, colours):
     """Points (N, 2) in the colours of their groups, with a legend; labels {index: word}; links
     [(i, j)] joined by a line. A PNG."""
     xy = np.asarray(xy, float)
@@ -676,12 +651,12 @@ def scatter(path, xy, groups, group_names, labels=None, links=(), title="", colo
         x, y = 12 + k % 6 * 135, 38 + 18 * (k // 6)
         draw.ellipse((x, y - 4, x + 8, y + 4), colours[k])
         write(draw, (x + 13, y), name)
-    points = (xy - xy.min(0)) / np.maximum(np.ptp(xy, 0), 1e-12) * [700, 760] + [40, 90]
+    points = (xy - xy.min(0)) / np.ptp(xy, 0) * [700, 760] + [40, 90]
     for i, j in links:
         draw.line((*points[i], *points[j]), "black", 2)
     for (x, y), group in zip(points, groups):
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), colours[int(group)], (60, 60, 60))
-    for i, word in (labels or {}).items():
+    for i, word in labels.items():
         place = tuple(points[i] + [7, -8])
         draw.rectangle(draw.textbbox(place, word, font(), "lm"), "white")
         write(draw, place, word)
@@ -690,75 +665,63 @@ def scatter(path, xy, groups, group_names, labels=None, links=(), title="", colo
 
 # ---- several processes: torchrun -----------------------------------------------------------------
 
-def ranks():
-    """(rank, world) under torchrun, whose processes meet here; else (0, 1). Only rank 0 speaks."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1
+def meet():
+    """The processes of torchrun meet; from here on only rank 0 speaks."""
+    if WORLD == 1:
+        return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl")
     else:
         dist.init_process_group("gloo")
-    if rank() > 0:
+    if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    return rank(), dist.get_world_size()
-
-
-def rank():
-    """Which process this is: 0 when it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextlib.contextmanager
 def rank_0_first():
     """Rank 0 runs the block, then the others, who find on disk what it has put there."""
-    if rank() > 0:
+    if RANK > 0:
         dist.barrier()
     yield
-    if dist.is_initialized() and rank() == 0:
+    if WORLD > 1 and RANK == 0:
         dist.barrier()
 
 
 def share():
     """This rank's part of a batch that every rank has drawn as a whole: batch[share()]."""
-    if not dist.is_initialized():
-        return slice(None)
-    return slice(dist.get_rank(), None, dist.get_world_size())
+    return slice(RANK, None, WORLD)
 
 
 def mean_gradients(opt, *_):
     """Replace the gradients of an optimiser by their mean over all ranks."""
     for p in opt.param_groups[0]["params"]:
         dist.all_reduce(p.grad)
-        p.grad /= dist.get_world_size()
+        p.grad /= WORLD
 
 
 def over_ranks(opt):
     """The optimiser itself; under torchrun mean_gradients goes before each of its steps."""
-    if dist.is_initialized():
+    if WORLD > 1:
         opt.register_step_pre_hook(mean_gradients)
     return opt
 
 
 # ---- runs: command line, device ------------------------------------------------------------------
 
-def fail(why):
-    """One line on stderr, exit code 2."""
-    print(f"error: {why}", file=sys.stderr)
-    sys.exit(2)
-
-
 def run_main(main):
     """main() as a command: an error of the user's is one line and exit code 2; Ctrl-C is 130."""
     try:
-        main()
+        return main()
     except UserError as e:
-        fail(" ".join(str(e).split()))
+        why = " ".join(str(e).split())
     except OSError as e:
-        fail(f"{e.filename or 'file'}: {e.strerror or e}; free space or name another folder")
+        why = f"{e.filename or 'file'}: {e.strerror or e}; free space or name another folder"
     except KeyboardInterrupt:
         print("\nstopped; the same command (without --resume 0) goes on from the last checkpoint")
         sys.exit(130)
+    print(f"error: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -780,9 +743,9 @@ def arguments(Config, argv=None, presets=(), hide=(), positional=""):
         parser.add_argument("preset", choices=presets, metavar="PRESET", help=" ".join(presets))
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
-        if f.name == "preset" or f.name in hide:
+        if f.name in hide:
             continue
-        words = comments[f.name].replace("%", "%%")
+        words = comments[f.name]
         if f.name == positional:
             parser.add_argument(f.name, nargs="*", help=words)
             continue
@@ -802,29 +765,26 @@ def keep_memory():
         libc.mallopt(-1, (1 << 31) - 1)             # M_TRIM_THRESHOLD: 2 GB
 
 
-def device(name="auto"):
+def device(name):
     """torch.device by name; "auto" is cuda, else mps, else cpu."""
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto" and torch.backends.mps.is_available():
-        name = "mps"
-    elif name == "auto":
-        name = "cpu"
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
     keep_memory()
     try:
         torch.zeros(1, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise UserError(f"device {name} is not there; use --device cpu") from None
 
 
 def autocast(amp, device):
     """A context in which convolutions run in bfloat16: amp 1 yes, 0 no, -1 where it is native."""
-    on = amp == 1
-    if amp < 0 and device.type == "cuda":
-        on = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif amp < 0 and device.type == "cpu":
-        on = torch.cpu._is_avx512_bf16_supported()
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    on = native if amp < 0 else amp == 1
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
@@ -873,7 +833,7 @@ def save_checkpoint(path, parts, step, cfg):
             if not all(p.isfinite().all() for p in part.parameters()):
                 raise BlewUp(step)
     state = {name: part.state_dict() for name, part in parts.items()}
-    save_state(path, dict(state, step=step, config=dataclasses.asdict(cfg)))
+    save_state(path, dict(state, step=step, config=vars(cfg)))
 
 
 def load_checkpoint(path, device="cpu"):
@@ -897,7 +857,7 @@ def restore(parts, path, cfg, free, device):
         return 0
     state = load_checkpoint(path, device)
     trained = state.get("config", {})
-    for name, value in dataclasses.asdict(cfg).items():
+    for name, value in vars(cfg).items():
         was = trained.get(name, value)
         need(name in free or was == value,
              f"{path} was trained with --{name.replace('_', '-')} {was}, not {value}; give that "
@@ -922,18 +882,17 @@ def clock(seconds):
 class Log:
     """log.csv and the line on the screen. Opened at step `start`, it keeps the rows up to there.
 
-    rows: a dict a logged step."""
+    rows: a dict a logged step; seconds: how long the run has taken."""
 
     def __init__(self, out, total, start=0):
-        self.path, self.total, self.start = out / "log.csv", total, start
-        lines = self.path.read_text().splitlines() if start and self.path.exists() else ()
+        self.path, self.total, self.last = out / "log.csv", total, start
         self.rows = []
-        for row in csv.DictReader(lines):
-            if float(row["step"]) <= start:
-                self.rows.append({name: float(value) for name, value in row.items()})
-        self.before = self.rows[-1]["seconds"] if self.rows else 0.
-        self.begun = self.then = time.monotonic()
-        self.last = start
+        if start and self.path.exists():
+            names, *lines = [line.split(",") for line in self.path.read_text().splitlines()]
+            rows = [dict(zip(names, map(float, line))) for line in lines]
+            self.rows = [row for row in rows if row["step"] <= start]
+        self.seconds = self.rows[-1]["seconds"] if self.rows else 0.
+        self.then = time.monotonic()
 
     def table(self):
         """Name of a column -> its numbers."""
@@ -947,18 +906,20 @@ class Log:
         if not values.isfinite().all():
             raise BlewUp(step)
         numbers = dict(zip(numbers, values.tolist()))
-        now = time.monotonic()
-        speed = (step - self.last) * batch / (now - self.then)
-        left = (now - self.begun) / (step - self.start) * (self.total - step)
-        self.then, self.last = now, step
-        self.rows.append(dict(step=step, **numbers, seconds=self.before + now - self.begun))
+        took = time.monotonic() - self.then
+        steps = step - self.last
+        left = took / steps * (self.total - step)
+        self.then += took
+        self.seconds += took
+        self.last = step
+        self.rows.append(dict(step=step, **numbers, seconds=self.seconds))
         lines = [",".join(self.rows[0])]
         for row in self.rows:
             lines.append(",".join(f"{value:.6g}" for value in row.values()))
         write_text(self.path, "\n".join(lines) + "\n")
         words = "  ".join(f"{name} {value:7.3f}" for name, value in numbers.items())
-        print(f"step {step:>{len(str(self.total))}}/{self.total}  {words}  {speed:6.0f} img/s  "
-              f"{clock(left)} left", flush=True)
+        print(f"step {step:>{len(str(self.total))}}/{self.total}  {words}  "
+              f"{steps * batch / took:6.0f} img/s  {clock(left)} left", flush=True)
 
 
 def sample_grids(out):
@@ -968,15 +929,13 @@ def sample_grids(out):
 
 def finish(out, cfg, log, nets, metrics, panels, headline, **more):
     """The end of every run: curves.png, training.gif, result.json; the headline comes last."""
-    seconds = 0.
     if log.rows:
-        seconds = log.rows[-1]["seconds"]
         curves(out / "curves.png", log.table(), panels)
         gif(out / "training.gif", sample_grids(out))
     write_json(out / "result.json", dict(
-        command="python " + " ".join(sys.argv), config=dataclasses.asdict(cfg), versions=versions(),
+        command="python " + " ".join(sys.argv), config=vars(cfg), versions=versions(),
         parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
-        seconds=seconds, metrics=metrics, headline=headline, **more))
+        seconds=log.seconds, metrics=metrics, headline=headline, **more))
     names = sorted(p.name for p in out.glob("[a-z]*"))
     print(f"wrote    {out}: {' '.join(names)}")
     print(headline)
@@ -987,10 +946,9 @@ def finish(out, cfg, log, nets, metrics, panels, headline, **more):
 def read_run(folder):
     """(name, result.json, picture of the last samples, log as columns) of a run."""
     folder = Path(folder)
-    try:
-        record = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{folder} is no finished run (no result.json); train it first") from None
+    path = folder / "result.json"
+    need(path.is_file(), f"{folder} is no finished run (no result.json); train it first")
+    record = json.loads(path.read_text())
     picture = Image.new("RGB", (400, 400), "white")             # if it blew up before the first
     for path in sample_grids(folder):
         picture = Image.open(path).convert("RGB")
@@ -998,24 +956,21 @@ def read_run(folder):
 
 
 def short(value):
-    """A number for a table: 4 digits; of anything else, nothing."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    """A number for a table: 5 digits; of anything else, nothing."""
+    return f"{value:,.5g}" if isinstance(value, (int, float)) else ""
 
 
 def compare(folders, out):
     """Several runs: the first row of their last samples on <out>.png, curves on <out>-curves.png,
     numbers in <out>.md. Returns the table, Markdown, a row a run."""
     runs = [read_run(folder) for folder in folders]
-    names = list(dict.fromkeys(k for run in runs for k, v in run[1]["metrics"].items() if short(v)))
-    table = ["| run | steps | seconds | " + " | ".join(names) + " |"]
-    table.append("|---" * (3 + len(names)) + "|")
+    names = ["step", "seconds"]
+    names += dict.fromkeys(k for run in runs for k, v in run[1]["metrics"].items() if short(v))
+    table = ["| run | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     lines, strips = {}, []
     for name, record, picture, log in runs:
-        numbers = [record["step"], round(record["seconds"])]
-        numbers += [record["metrics"].get(metric) for metric in names]
-        table.append(f"| {name} | " + " | ".join(short(v) for v in numbers) + " |")
+        numbers = record | record["metrics"]
+        table.append(f"| {name} | " + " | ".join(short(numbers.get(k)) for k in names) + " |")
         for column in set(log) - {"step", "seconds"}:
             lines.setdefault(column, {})[name] = log["step"], log[column]
         w, h = picture.size
@@ -1030,16 +985,20 @@ def compare(folders, out):
     return "\n".join(table)
 
 
+@dataclasses.dataclass
+class Command:
+    """What `python data.py show` and `python data.py compare` are told."""
+    words: tuple = ()               # of show NAME FILE.png, of compare RUN RUN ...
+    out: str = "out/compare"        # of compare, without .png
+    size: int = 32                  # of show, pixels a side
+
+
 def main(argv=None):
     """The command line: show, compare."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=["show", "compare"])
-    parser.add_argument("words", nargs="*", help="of show, NAME FILE.png; of compare, RUN RUN ...")
-    parser.add_argument("--out", default="out/compare", help="of compare, without .png")
-    parser.add_argument("--size", type=int, default=32, help="of show, pixels a side")
-    a = parser.parse_args(argv)
-    need(len(a.words) > (a.do == "show"), f"{a.do} what? python data.py --help has examples")
-    if a.do == "show":
+    do, changes = arguments(Command, argv, ("show", "compare"), positional="words")
+    a = Command(**changes)
+    need(len(a.words) > (do == "show"), f"{do} what? python data.py --help has examples")
+    if do == "show":
         _, images, _, _ = choose(a.words[0], a.size)
         print("wrote", save(grid(images[:: 1 + len(images) // 100], 10), a.words[1]))
     else:

@@ -25,11 +25,10 @@ is trained on pictures with lifted background, less contrast, noise, blur and sh
 veil that an eye hardly sees is no catastrophe to it, and is still seen. Without labels it guesses
 turns, colours, disturbances, and which picture it is.
 
-Measured, one thread of an AMD EPYC beside other work, torch 2.13, processor time:
-    python fid.py sanity --data mnist        classifier 52 s, 99.35% of the test pictures right
+Measured, one thread of an AMD EPYC, processor time, torch 2.13; of classifiers:
+    python fid.py sanity --data mnist        trained in 52 s; 99.35% of the test pictures right
     python fid.py sanity --data emoji-apple  floor 0.81; noise of sigma 0.12: 32 floors; a share of
                                              0.6 with channels exchanged: 13, or one picture: 31
-    python test_all.py bench                 MEASURE
 """
 import json
 from collections import OrderedDict
@@ -137,8 +136,8 @@ def kid(real, fake):
     x, y = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
     mmd = -2 * kernel(x, y).mean()
     for a in (x, y):
-        aa = kernel(a, a)                                                   # (N, N)
-        mmd += (aa.sum() - aa.trace()) / (len(a) * (len(a) - 1))
+        aa = kernel(a, a).fill_diagonal_(0)                                 # (N, N)
+        mmd += aa.sum() / (len(a) * (len(a) - 1))
     return mmd.item()
 
 
@@ -226,30 +225,27 @@ class Classifier(nn.Module):
         return torch.cat(out)
 
     @torch.no_grad()
-    def chances(self, images):
-        """uint8 (N, C, H, W) -> probabilities [(N, k), ...] on the CPU, one tensor a head."""
-        logits = self.head(self.features(images).to(self.head.weight.device))
-        return [head.softmax(1).cpu() for head in logits.split(self.heads, dim=1)]
-
-    def attributes(self, images):
-        """uint8 (N, C, H, W) -> labels (N,), one tensor a head: (hair, eyes)."""
-        return [chance.argmax(1) for chance in self.chances(images)]
-
     def predict(self, images):
         """uint8 (N, C, H, W) -> labels (N,) as the data set numbers them, 11 * hair + eyes for
-        faces, and confidence (N,) in [0, 1]."""
+        faces, and confidence (N,) in [0, 1], both on the CPU."""
+        h = self.features(images).to(self.head.weight.device)
         label = 0
         sure = 1.
-        for chance in self.chances(images):
+        for logits in self.head(h).cpu().split(self.heads, dim=1):
+            chance = logits.softmax(1)                                      # (N, k)
             label = label * chance.shape[1] + chance.argmax(1)
             sure = sure * chance.amax(1)
         return label, sure
 
+    def attributes(self, images):
+        """uint8 (N, C, H, W) -> labels (N,), one tensor a head: (hair, eyes)."""
+        label, _ = self.predict(images)
+        return torch.unravel_index(label, self.heads)
+
 
 def check_images(images, channels):
     """UserError unless images are uint8 (N, C, H, W), grey or with as many channels."""
-    need(images.dtype == torch.uint8 and images.dim() == 4 and len(images)
-         and images.shape[1] in (1, channels),
+    need(images.dtype == torch.uint8 and images.shape[1] in (1, channels),
          f"pictures must be uint8 (N, 1 or {channels}, H, W), here {images.dtype} "
          f"{tuple(images.shape)}")
 
@@ -308,9 +304,9 @@ def classifier(name, size, device="cpu"):
     if classes == data.FACES:
         heads = (12, 11)                                    # hair, eyes
     elif len(classes) < 2:
-        labels, heads = None, (4, 3, len(KINDS), min(len(images), 4096))
+        labels, heads = None, (4, 3, 6, min(len(images), 4096))
     tag = f"{Path(name).name}-{size}"               # count and sum tell sets apart; v2: how trained
-    path = data.DOWNLOADS / "classifiers" / f"{tag}-{len(images)}-{images.sum()}-v2.pt"
+    path = data.DOWNLOADS / f"classifiers/{tag}-{len(images)}-{images.sum()}-v2.pt"
     with torch.random.fork_rng(devices=[]):             # the caller's random state stays its own
         torch.manual_seed(0)
         net = Classifier(images.shape[1], size, heads).to(device, memory_format=torch.channels_last)
@@ -326,8 +322,7 @@ def classifier(name, size, device="cpu"):
         x, y, _ = data.load(name, size, "test")
         right = torch.stack(net.attributes(x)) == torch.stack(torch.unravel_index(y, heads))
         net.accuracy = right.double().mean(1).tolist()
-    with data.atomic(path) as part:
-        torch.save(net.state_dict() | dict(accuracy=net.accuracy), part)
+    data.save_state(path, net.state_dict() | dict(accuracy=net.accuracy))
     return net
 
 
@@ -340,7 +335,6 @@ WEIGHTS_URLS = [
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-" + WEIGHTS[3:],
 ]
 
-
 ROW = (1, 7)                        # kernels: a row, a column
 COLUMN = (7, 1)
 
@@ -349,33 +343,33 @@ def block_a(pool):
     """35 x 35: branches of pools and (name, channels, kernel, stride, padding), joined by
     channel."""
     return [
-        [("1x1", 64)],
-        [("5x5_1", 48), ("5x5_2", 64, 5)],
-        [("3x3dbl_1", 64), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3)],
-        ["mean", ("_pool", pool)],
+        [("branch1x1", 64)],
+        [("branch5x5_1", 48), ("branch5x5_2", 64, 5)],
+        [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+        ["mean", ("branch_pool", pool)],
     ]
 
 
 def block_c(c):
     """17 x 17."""
     return [
-        [("1x1", 192)],
-        [("7x7_1", c), ("7x7_2", c, ROW), ("7x7_3", 192, COLUMN)],
-        [("7x7dbl_1", c), ("7x7dbl_2", c, COLUMN), ("7x7dbl_3", c, ROW),
-         ("7x7dbl_4", c, COLUMN), ("7x7dbl_5", 192, ROW)],
-        ["mean", ("_pool", 192)],
+        [("branch1x1", 192)],
+        [("branch7x7_1", c), ("branch7x7_2", c, ROW), ("branch7x7_3", 192, COLUMN)],
+        [("branch7x7dbl_1", c), ("branch7x7dbl_2", c, COLUMN), ("branch7x7dbl_3", c, ROW),
+         ("branch7x7dbl_4", c, COLUMN), ("branch7x7dbl_5", 192, ROW)],
+        ["mean", ("branch_pool", 192)],
     ]
 
 
 def block_e(pool):
-    """8 x 8. Branches that fork are written as two; what they share is computed once."""
+    """8 x 8. A branch that forks is written, and computed, as two with the same layers."""
     return [
-        [("1x1", 320)],
-        [("3x3_1", 384), ("3x3_2a", 384, (1, 3))],
-        [("3x3_1", 384), ("3x3_2b", 384, (3, 1))],
-        [("3x3dbl_1", 448), ("3x3dbl_2", 384, 3), ("3x3dbl_3a", 384, (1, 3))],
-        [("3x3dbl_1", 448), ("3x3dbl_2", 384, 3), ("3x3dbl_3b", 384, (3, 1))],
-        [pool, ("_pool", 192)],
+        [("branch1x1", 320)],
+        [("branch3x3_1", 384), ("branch3x3_2a", 384, (1, 3))],
+        [("branch3x3_1", 384), ("branch3x3_2b", 384, (3, 1))],
+        [("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3), ("branch3x3dbl_3a", 384, (1, 3))],
+        [("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3), ("branch3x3dbl_3b", 384, (3, 1))],
+        [pool, ("branch_pool", 192)],
     ]
 
 
@@ -386,30 +380,30 @@ POOLS = {
     "halve": nn.MaxPool2d(3, 2),
 }
 MIXED = {
-    "5b": block_a(32),
-    "5c": block_a(64),
-    "5d": block_a(64),
-    "6a": [                                                                 # 35 -> 17
-        [("3x3", 384, 3, 2, 0)],
-        [("3x3dbl_1", 64), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3, 2, 0)],
+    "Mixed_5b": block_a(32),
+    "Mixed_5c": block_a(64),
+    "Mixed_5d": block_a(64),
+    "Mixed_6a": [                                                           # 35 -> 17
+        [("branch3x3", 384, 3, 2, 0)],
+        [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
         ["halve"],
     ],
-    "6b": block_c(128),
-    "6c": block_c(160),
-    "6d": block_c(160),
-    "6e": block_c(192),
-    "7a": [                                                                 # 17 -> 8
-        [("3x3_1", 192), ("3x3_2", 320, 3, 2, 0)],
-        [("7x7x3_1", 192), ("7x7x3_2", 192, ROW), ("7x7x3_3", 192, COLUMN),
-         ("7x7x3_4", 192, 3, 2, 0)],
+    "Mixed_6b": block_c(128),
+    "Mixed_6c": block_c(160),
+    "Mixed_6d": block_c(160),
+    "Mixed_6e": block_c(192),
+    "Mixed_7a": [                                                           # 17 -> 8
+        [("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2, 0)],
+        [("branch7x7x3_1", 192), ("branch7x7x3_2", 192, ROW), ("branch7x7x3_3", 192, COLUMN),
+         ("branch7x7x3_4", 192, 3, 2, 0)],
         ["halve"],
     ],
-    "7b": block_e("mean"),
-    "7c": block_e("max"),
+    "Mixed_7b": block_e("mean"),
+    "Mixed_7c": block_e("max"),
 }
 
 
-class Mixed(nn.Module):
+class Mixed(nn.ModuleDict):
     """One block from its table: i channels enter each branch, self.channels leave."""
 
     def __init__(self, i, branches):
@@ -421,20 +415,17 @@ class Mixed(nn.Module):
             for layer in branch:
                 if layer not in POOLS:                      # a pool keeps the channels
                     name, o, *shape = layer
-                    self.add_module("branch" + name, conv_block(c, o, *shape))
+                    self[name] = conv_block(c, o, *shape)
                     c = o
             self.channels += c
 
     def forward(self, x):
-        done = {}
         out = []
         for branch in self.branches:
             h = x
             for layer in branch:
-                if layer not in done:
-                    module = POOLS.get(layer) or getattr(self, "branch" + layer[0])
-                    done[layer] = module(h)
-                h = done[layer]
+                module = POOLS.get(layer) or self[layer[0]]
+                h = module(h)
             out.append(h)
         return torch.cat(out, 1)
 
@@ -449,42 +440,39 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = conv_block(3, 32, 3, 2, 0)
-        self.Conv2d_2a_3x3 = conv_block(32, 32, 3, 1, 0)
+        self.Conv2d_1a_3x3 = conv_block(3, 32, 3, 2, 0)                     # 299 -> 149
+        self.Conv2d_2a_3x3 = conv_block(32, 32, 3, 1, 0)                    # 147
         self.Conv2d_2b_3x3 = conv_block(32, 64, 3)
+        self.maxpool1 = nn.MaxPool2d(3, 2)                                  # 73
         self.Conv2d_3b_1x1 = conv_block(64, 80)
-        self.Conv2d_4a_3x3 = conv_block(80, 192, 3, 1, 0)
+        self.Conv2d_4a_3x3 = conv_block(80, 192, 3, 1, 0)                   # 71
+        self.maxpool2 = nn.MaxPool2d(3, 2)                                  # 35
         c = 192
         for name, branches in MIXED.items():
             block = Mixed(c, branches)
-            self.add_module("Mixed_" + name, block)
+            self.add_module(name, block)
             c = block.channels
-        self.fc = nn.Linear(c, 1008)
+        self.fc = nn.Linear(c, 1008)                                        # not used
         self.eval()
 
     def forward(self, x):
         """(N, 3, 299, 299) in [-1, 1] -> (N, 2048)."""
-        x = self.Conv2d_1a_3x3(x)                                           # (N, 32, 149, 149)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(x))                       # (N, 64, 147, 147)
-        x = F.max_pool2d(x, 3, 2)                                           # 73
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                       # (N, 192, 71, 71)
-        x = F.max_pool2d(x, 3, 2)                                           # 35
-        for name in MIXED:
-            x = getattr(self, "Mixed_" + name)(x)                           # (N, 2048, 8, 8)
-        return x.float().mean((2, 3))
+        *layers, _ = self.children()                                        # all but fc
+        for layer in layers:
+            x = layer(x)
+        return x.mean((2, 3))                                               # of (N, 2048, 8, 8)
 
     @torch.no_grad()
     def features(self, images):
         """uint8 (N, 1 or 3, H, W) of any size -> float32 (N, 2048) on the CPU. Resized to 299 x 299
         bilinearly without antialiasing, as the published FIDs are."""
         check_images(images, 3)
-        weight = self.fc.weight
         out = []
         torch.backends.cudnn.allow_tf32 = False             # it would cost three digits
         for x in images.split(32):
-            x = data.to_float(x.to(weight.device)).expand(-1, 3, -1, -1)
+            x = data.to_float(x.to(self.fc.weight.device)).expand(-1, 3, -1, -1)
             x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
-            out.append(self(x.to(weight.dtype)).cpu())
+            out.append(self(x).cpu())
             if len(out) % 32 == 0:
                 print(f"inception {32 * len(out):,} of {len(images):,} pictures")
         return torch.cat(out)
@@ -500,18 +488,12 @@ class Inception(nn.Module):
         return self.to(memory_format=torch.channels_last)
 
 
-def inception(device="cpu"):
-    """The published network; data.Unavailable if it is neither on disk nor to be had."""
-    path = data.fetch(WEIGHTS, WEIGHTS_URLS, WEIGHTS_SHA256)
-    return Inception().load_published(data.load_checkpoint(path)).to(device)
-
-
 # ---- scores --------------------------------------------------------------------------------------
 
 def shuffled(images):
     """Pictures, or other rows of a tensor, in an order that is always the same."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order.to(images.device)]
+    return images[order]
 
 
 def scores(net, real, fake):
@@ -526,12 +508,12 @@ def scores(net, real, fake):
     if half <= x.shape[1]:
         print(f"note     a covariance of {half} pictures has rank {half - 1} of {x.shape[1]}: the "
               "FID is exact, and higher than of many pictures")
-    result = dict(fid=fid(x[:n], y), n=n, n_real=len(x[:n]), features=net.name, scale=net.scale,
-                  floor=fid(x[:half], x[half:2 * half]), floor_n=half)
-    x, y = x[:min(n, 5000)], y[:5000]
-    result["kid"] = kid(x, y)
-    result["precision"], result["recall"] = precision_recall(x, y)
-    return result
+    floor = fid(x[:half], x[half:2 * half])
+    x = x[:n]
+    few = x[:5000], y[:5000]
+    precision, recall = precision_recall(*few)
+    return dict(fid=fid(x, y), kid=kid(*few), precision=precision, recall=recall, n=n,
+                n_real=len(x), features=net.name, scale=net.scale, floor=floor, floor_n=half)
 
 
 def against(net, images, fake, name):
@@ -558,28 +540,28 @@ def count(net, fake, labels, classes, asked=None):
     """Which classes the fakes show, uint8 (N, C, H, W), as net names them -> dict.
 
     counts; modes, how many of `classes`; entropy, 1 where all are equal and 0 where there is one;
-    rarest share; mean confidence; missing in the first 80; chi2 against the data's labels;
-    background, the median of the left and right border, and that of the data. With labels asked
-    (N,), the accuracies, and for faces a table: eyes asked (rows), eyes seen."""
+    rarest share; mean confidence; missing in the first 80; chi2 against the data's labels, on the
+    CPU; background, the median of the left and right border, and that of the data. With labels
+    asked (N,), of each head the accuracy and a table: asked (rows), seen."""
     seen, sure = net.predict(fake)
     n = len(fake)
     k = len(classes)
     counts = seen.bincount(minlength=k)
-    wanted = labels.cpu().bincount(minlength=k) / len(labels) * n
-    result = {"counts": counts.tolist(), "modes": int((counts > 0).sum()), "classes": k,
+    wanted = labels.bincount(minlength=k) / len(labels) * n
+    result = {"counts": counts.tolist(), "modes": len(seen.unique()),
               "entropy": (torch.special.entr(counts / n).sum() / np.log(k)).item(),
               "rarest": counts[wanted > 0].min().item() / n, "confidence": sure.mean().item(),
               "missing in 80": k - len(seen[:80].unique()),
               "chi2": ((counts - wanted) ** 2 / wanted)[wanted > 0].sum().item(),
               "background": fake[..., [0, -1]].median().item(), "background real": net.background}
     if asked is not None:
-        wish = torch.stack(torch.unravel_index(asked.cpu(), net.heads))     # (1 or 2, N)
-        seen = torch.stack(torch.unravel_index(seen, net.heads))
-        names = ["hair accuracy", "eyes accuracy"] if len(wish) == 2 else ["label accuracy"]
-        result |= zip(names, (wish == seen).double().mean(1).tolist())
-        if len(wish) == 2:
-            eyes = F.one_hot(wish[1], net.heads[1]).T @ F.one_hot(seen[1], net.heads[1])
-            result["eyes asked seen"] = eyes.tolist()
+        names = ("hair", "eyes") if len(net.heads) == 2 else ("label",)
+        asked = torch.unravel_index(asked, net.heads)
+        seen = torch.unravel_index(seen, net.heads)
+        for name, size, wish, look in zip(names, net.heads, asked, seen):
+            result[f"{name} accuracy"] = (wish == look).double().mean().item()
+            table = F.one_hot(wish, size).T @ F.one_hot(look, size)
+            result[f"{name} asked seen"] = table.tolist()
     print(f"classes  {result['modes']} of {k} drawn, entropy {result['entropy']:.3f}, rarest "
           f"{100 * result['rarest']:.1f}%, mean confidence {result['confidence']:.3f}; background "
           f"{result['background']:.0f} of 255, in the data {net.background:.0f}")
@@ -627,8 +609,8 @@ def sanity(net, images, labels, n):
 
 def is_array(word):
     """Whether a word of the command line is an .npy or a run's folder."""
-    is_run = Path(word, "last.pt").is_file() or Path(word, "samples.npy").is_file()
-    return is_run or word.endswith(".npy")
+    run = Path(word)
+    return run.suffix == ".npy" or (run / "last.pt").is_file() or (run / "samples.npy").is_file()
 
 
 def array(word):
@@ -637,7 +619,8 @@ def array(word):
     path = Path(word)
     if path.is_dir():
         path = path / "samples.npy"
-    need(path.is_file(), f"no {path}: python gan.py PRESET --out {word} --dump 10000 writes it")
+    need(path.is_file(), f"no {path}: python gan.py dcgan --dump 10000 writes "
+         "out/dcgan/samples.npy; or name two sources, REAL GENERATED")
     try:
         x = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as e:
@@ -653,21 +636,16 @@ def array(word):
     return torch.from_numpy(x)
 
 
-def folder(word, channels):
-    """All pictures of a folder -> uint8 (N, C, S, S), cropped and scaled to the side S of the
-    first."""
-    pictures = [data.read_picture(path, channels) for path in data.pictures(word)]
-    side = min(pictures[0].shape[1:])
-    return torch.stack([data.fit(picture, side) for picture in pictures])
-
-
 def source(word, size, net):
-    """A word of the command line -> uint8 pictures (N, C, H, W), data sets at this size."""
+    """A word of the command line -> uint8 pictures (N, C, H, W): data sets at this size, the
+    pictures of a folder cropped and scaled to the side of the first."""
     name, _, split = word.partition(":")
     if is_array(word):
         return array(word)
     if Path(word).is_dir():
-        return folder(word, net.channels)
+        pictures = [data.read_picture(path, net.channels) for path in data.pictures(word)]
+        side = min(pictures[0].shape[1:])
+        return torch.stack([data.fit(picture, side) for picture in pictures])
     need(split in ("", "train", "test", "all"), f"{word}: a split is train, test or all")
     return data.choose(name, size, split or "train")[1]
 
@@ -676,19 +654,18 @@ def source(word, size, net):
 
 def network(cfg, name, size):
     """Inception if it is asked for or can be had, else the classifier of the data set `name`."""
-    net = None
     device = data.device(cfg.device)
     if cfg.features != "classifier":
         try:
-            net = inception(device)
+            path = data.fetch(WEIGHTS, WEIGHTS_URLS, WEIGHTS_SHA256)
+            net = Inception().load_published(data.load_checkpoint(path)).to(device)
+            print(f"features {net.name}: {net.scale}")
+            return net
         except data.Unavailable as e:
             need(cfg.features == "auto", f"{e}; or --features classifier, which needs no download")
-    kind = net or Classifier
-    print(f"features {kind.name}: {kind.scale}")
-    if net is None:
-        need(not is_array(name), f"{name} is of which data set? add --data SET")
-        net = classifier(data.choose(name, size)[0], size, device)
-    return net
+    print(f"features {Classifier.name}: {Classifier.scale}")
+    need(not is_array(name), f"{name} is of which data set? add --data SET")
+    return classifier(data.choose(name, size)[0], size, device)
 
 
 def main(argv=None):
@@ -706,7 +683,8 @@ def main(argv=None):
     record = Path(*words, "result.json")
     if len(words) == 1 and record.is_file():
         words.insert(0, json.loads(record.read_text())["config"]["data"])
-    need(len(words) == 2, "name two sources, REAL GENERATED, or one finished run of gan.py")
+    need(len(words) == 2, f"{' '.join(words) or 'no word'} is no run with samples.npy: python "
+         "gan.py dcgan --dump 10000 writes that of out/dcgan; or name two sources, REAL GENERATED")
     if is_array(words[1]):
         size = array(words[1]).shape[-1]
     net = network(cfg, cfg.data or words[0].split(":")[0], size)
