@@ -473,8 +473,6 @@ def test_a_run_writes_what_it_promises():
 
 @parametrize("line, says", [
     ("gan.py gcdan", "invalid choice: 'gcdan'"),
-    ("gan.py dcgan --speed 3", "--speed"),
-    ("gan.py dcgan --loss hinge", "invalid choice: 'hinge'"),
     ("gan.py dcgan --lr nan", "--lr nan must be positive"),
     ("gan.py dcgan --batch 1", "--batch 1: at least 2"),
     ("gan.py dcgan --steps 0", "no out/dcgan/last.pt"),
@@ -488,24 +486,18 @@ def test_a_run_writes_what_it_promises():
     ("gan.py dcgan --data digits --out empty", "no readable checkpoint"),
     ("gan.py dcgan --data digits --out wide", "--h 8, not 16"),
     ("data.py compare nowhere", "no finished run"),
-    ("cyclegan.py --size 48", "32"),
-    ("cyclegan.py --data mnist", "distant"),
     ("cyclegan.py --a x", "--b"),
-    ("cyclegan.py --a one --b one", "2 pictures"),
     ("cyclegan.py --model unit --identity 1", "UNIT has"),
-    ("cyclegan.py --steps 0 --out new", "train first"),
     ("cyclegan.py --translate x.png --out wide", "no checkpoint of"),
     ("biggan_interp.py --truncation 0", "truncation"),
     ("biggan_interp.py --model small --steps 0", "train first"),
     ("biggan_interp.py --model published", "--model small"),
     ("fid.py floats.npy digits:test --data digits", "convert"),
-    ("fid.py digits:test flat.npy", "wanted (N, H, W)"),
     ("fid.py digits:test broken/a.npy", "no readable .npy"),
     ("fid.py digits:test one.npy", "at least 4 and 8"),
     ("fid.py digits:test colour.npy", "pictures must be uint8 (N, 1 or 1"),
     ("fid.py one", "two sources"),
     ("fid.py digits wide", "--dump"),
-    ("fid.py digits:test one.npy --n -3", "at least 0"),
     ("fid.py colour.npy colour.npy", "add --data SET"),
     ("fid.py digits:test colour.npy --features inception", "--features classifier"),
 ])
@@ -517,10 +509,21 @@ def test_bad_input_is_one_line(line, says):
     data.save_checkpoint("wide/last.pt", {}, 1, gan.config("dcgan", data="digits", h=8))
     data.save(Image.new("RGB", (40, 40)), "one/x.png")
     np.save("floats.npy", np.zeros((9, 8, 8)))
-    for name, shape in dict(flat=(9, 8), one=(1, 32, 32), colour=(9, 32, 32, 3)).items():
+    for name, shape in dict(one=(1, 32, 32), colour=(9, 32, 32, 3)).items():
         np.save(name, np.zeros(shape, np.uint8))
     assert says in run(line, code=2) and not Path("pwned").exists()
     assert not {path.suffix for path in Path().rglob("*")} & {".part", ".json"}
+
+
+def test_no_option_is_dead():
+    """Every field of every config is read, and stands in a command that is written down."""
+    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    written = code + README + (ROOT / "Makefile").read_text()
+    for Config in (gan.GANConfig, cyclegan.CycleConfig, biggan_interp.Run):
+        for field in Config.__dataclass_fields__.keys() - {"modern"}:
+            assert f"cfg.{field}" in code or f'"{field}"' in code, field
+            flag = field.replace("_", "-")
+            assert re.search(rf"--{flag}\b|\b{field}=", written), field
 
 
 class Evil:
@@ -569,8 +572,6 @@ def test_folders_bombs_and_fit(monkeypatch):
     x, y, classes = load("pets", 32)
     assert (len(x), len(load("pets", 32, "test")[0]), classes) == (27, 3, ["blue", "red"])
     assert torch.equal(x[:, 0, 9, 9], 255 * y.byte())
-    ramp = torch.arange(64).byte().expand(1, 64, 64)
-    assert abs(int(data.fit(ramp, 32)[0, 0, 16]) - 32) <= 1
     monkeypatch.setattr(data, "MAX_PIXELS", 1000)
     with refused(match="over 1,000 pixels"):
         load("pets", 16)
@@ -658,9 +659,8 @@ def test_real_sets(monkeypatch):
     for name, n in ("mnist", 60_000), ("fashion", 60_000), ("emoji-apple", 2270):
         assert len(load(name, 32)[0]) == n
     assert len(load("anime", 64, "test")[0]) == 888
-    x, y, _ = load("mnist", 28, "test")
-    assert torch.equal(load("mnist", 32, "test")[0][..., 2:-2, 2:-2], x)
-    assert y[:3].tolist() == [7, 2, 1]
+    padded, plain = load("mnist", 32, "test")[0], load("mnist", 28, "test")[0]
+    assert torch.equal(padded[..., 2:-2, 2:-2], plain)
 
 
 def test_drawn_sets():
@@ -669,7 +669,6 @@ def test_drawn_sets():
     b, y_b = data.draw_faces("b", 5, 7, 32)
     assert np.array_equal(y, y_b) and np.array_equal(a[2:], data.draw_faces("a", 3, 9, 32)[0])
     assert [tuple(hair) for hair in b[:, :, 8, 16]] == [data.RGB[data.HAIR[k // 11]] for k in y]
-    assert np.array_equal(data.draw_digits(5, 3, 28)[0], data.draw_digits(5, 3, 28)[0])
 
 
 def test_mistake_9_pictures_that_do_not_match_tanh():
@@ -1159,6 +1158,9 @@ def bench(rounds=5):
             words = [sys.executable, __file__, "bench", row, side]
             found.append(float(subprocess.check_output(words, text=True).split()[-1]))
         show(f"{row}, images/s", found[::2], found[1::2])
+    x, net, ours = images(32, 3), fid.Inception(), fid.Inception()
+    ours.load_published(net.state_dict())
+    show("Inception, images/s", rates(32, net.features, x), rates(32, ours.features, x))
     mu, s1 = torch.zeros(2048), torch.randn(10_000, 2048).double().T.cov()
     s2 = s1 + .1 * s1 @ s1
     with contextlib.suppress(ImportError):
