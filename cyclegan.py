@@ -526,27 +526,34 @@ def colour_map(x, y):
     return to_uint8((X @ M).movedim(3, 1))
 
 
+def colour_match(x, y):
+    """x with the mean and the deviation of each channel of y, where no answers are known; uint8."""
+    Y = to_float(y)
+    return to_uint8(F.batch_norm(to_float(x), None, None, Y.std((0, 2, 3)), Y.mean((0, 2, 3)),
+                                 True))
+
+
 def scores(G, x, y, way):
     """What is measured of the translation of style x into y, way "ab" or "ba" -> dict of floats:
-    L1 (1 is black against white) of the cycle; of drawn faces L1 to the true answer, and of the
-    baselines to it; FID to style y, also of the untouched inputs; the share of drawn faces whose
-    hair and eyes y's classifier reads as the input's."""
+    L1 (1 is black against white) of the cycle; of drawn faces L1 to the true answer; FID to style
+    y; both also of doing nothing, of the best constant picture and of a map of colours; the share
+    of drawn faces whose hair and eyes y's classifier reads as the input's."""
     known = paired(x, y)
     real = x.test if known else x.train[:1000].cpu()
     fake = translate(G, real, way)
     found = {"cycle": l1(translate(G, fake, way[::-1]), real)}
+    constant = y.train.median(0).values.cpu().expand_as(real)       # the least mean L1
+    mapped = colour_map(real, y.test) if known else colour_match(real, y.train.cpu())
+    guesses = {"": fake, " identity": real, " constant": constant, " colour map": mapped}
     if known:
-        guesses = {"L1": fake, "L1 identity": real,
-                   "L1 constant": y.train.median(0).values.cpu(),       # the least mean L1
-                   "L1 colour map": colour_map(real, y.test)}
         for name, guess in guesses.items():
-            found[name] = l1(guess, y.test)
+            found["L1" + name] = l1(guess, y.test)
     if len(y.train) >= 1000:                            # enough for a Gaussian of 128 features
         net = fid.classifier(y.name, real.shape[-1], x.train.device)
-        for name, pictures in ("FID", fake), ("FID identity", real):
-            result = fid.against(net, y.train, pictures, y.name)
-            found[name] = result["fid"]
-            print(f"{way} {name:12} {fid.line(result)}")
+        for name, guess in guesses.items():
+            result = fid.against(net, y.train, guess, y.name)
+            found["FID" + name] = result["fid"]
+            print(f"{way}{name}: {fid.line(result)}")
         if known:
             hair, eyes = net.attributes(fake)
             found["hair kept"] = (hair == x.labels // 11).float().mean()

@@ -804,7 +804,6 @@ def run_folder(name, cfg, changes, free):
         if field in changes and field not in free:
             name += f"-{field}{value}"
     out = Path(cfg.out or "out/" + re.sub("[/, ]", "+", name))
-    need(not out.is_file(), f"--out {out} is a file; name a folder")
     v = versions()
     print(f"run      {out}  seed {cfg.seed}  {v['gpu'] or 'CPU'}  {v['threads']} threads  "
           f"torch {v['torch']}", flush=True)
@@ -873,12 +872,6 @@ def restore(parts, path, cfg, free, device):
     return state["step"]
 
 
-def clock(seconds):
-    """75 -> 1:15."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
-
-
 class Log:
     """log.csv and the line on the screen. Opened at step `start`, it keeps the rows up to there.
 
@@ -908,7 +901,7 @@ class Log:
         numbers = dict(zip(numbers, values.tolist()))
         took = time.monotonic() - self.then
         steps = step - self.last
-        left = took / steps * (self.total - step)
+        left = int(took / steps * (self.total - step))
         self.then += took
         self.seconds += took
         self.last = step
@@ -919,7 +912,7 @@ class Log:
         write_text(self.path, "\n".join(lines) + "\n")
         words = "  ".join(f"{name} {value:7.3f}" for name, value in numbers.items())
         print(f"step {step:>{len(str(self.total))}}/{self.total}  {words}  "
-              f"{steps * batch / took:6.0f} img/s  {clock(left)} left", flush=True)
+              f"{steps * batch / took:6.0f} img/s  {left // 60}:{left % 60:02} left", flush=True)
 
 
 def sample_grids(out):

@@ -82,15 +82,8 @@ def fid_textbook(real, fake):
 # ---- the same, faster ----------------------------------------------------------------------------
 
 def distance(mu1, F1, mu2, F2):
-    """d^2 of the header from means (d,) and factors (d, r), S = F F^T, tr S = |F|^2 -> float.
-
-    The singular values of A are the roots of the eigenvalues of A A^T, in half the time, but where
-    one is nearly 0, rounding would make it 1e-8 of the largest: there the slower way is taken."""
-    A = F1.T @ F2
-    w = torch.linalg.eigvalsh(A @ A.T)
-    root = w.clamp(min=0).sqrt().sum()
-    if w[0] < 1e-12 * w[-1]:
-        root = torch.linalg.svdvals(A).sum()
+    """d^2 of the header from means (d,) and factors (d, r), S = F F^T, tr S = |F|^2 -> float."""
+    root = torch.linalg.svdvals(F1.T @ F2).sum()
     d2 = ((mu1 - mu2) ** 2).sum() + (F1 ** 2).sum() + (F2 ** 2).sum() - 2 * root
     return d2.clamp(min=0).item()
 
@@ -109,17 +102,19 @@ def fid(real, fake):
     return distance(*parts)
 
 
-def factor(sigma):
-    """F (d, d) with F F^T = sigma: Cholesky's triangle at full rank, else the root itself."""
-    L, failed = torch.linalg.cholesky_ex(sigma)
-    return sqrtm(sigma) if failed else L
-
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians: means (d,), covariances (d, d), singular ones too
-    -> float."""
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(t).double() for t in (mu1, sigma1, mu2, sigma2))
-    return distance(mu1, factor(sigma1), mu2, factor(sigma2))
+    """Squared Frechet distance of two Gaussians: means (d,), covariances (d, d) -> float.
+
+    At full rank F1 is Cholesky's triangle L, and the eigenvalues of A A^T = L^T S2 L take half the
+    time. Where one is nearly 0, rounding would make its root 1e-8 of the largest: then as above."""
+    mu1, S1, mu2, S2 = (torch.as_tensor(t).double() for t in (mu1, sigma1, mu2, sigma2))
+    L, singular = torch.linalg.cholesky_ex(S1)
+    if not singular:
+        w = torch.linalg.eigvalsh(L.T @ S2 @ L)
+        if w[0] > 1e-12 * w[-1]:
+            d2 = ((mu1 - mu2) ** 2).sum() + torch.trace(S1 + S2) - 2 * w.sqrt().sum()
+            return d2.clamp(min=0).item()
+    return distance(mu1, sqrtm(S1), mu2, sqrtm(S2))
 
 
 # ---- KID, precision and recall -------------------------------------------------------------------
@@ -362,7 +357,7 @@ def block_c(c):
 
 
 def block_e(pool):
-    """8 x 8. A branch that forks is written, and computed, as two with the same layers."""
+    """8 x 8. A branch that forks is written as two with the same first layers, computed once."""
     return [
         [("branch1x1", 320)],
         [("branch3x3_1", 384), ("branch3x3_2a", 384, (1, 3))],
@@ -420,12 +415,14 @@ class Mixed(nn.ModuleDict):
             self.channels += c
 
     def forward(self, x):
-        out = []
+        out, done = [], {}
         for branch in self.branches:
             h = x
             for layer in branch:
-                module = POOLS.get(layer) or self[layer[0]]
-                h = module(h)
+                if layer not in done:
+                    module = POOLS.get(layer) or self[layer[0]]
+                    done[layer] = module(h)
+                h = done[layer]
             out.append(h)
         return torch.cat(out, 1)
 

@@ -480,8 +480,7 @@ def test_a_run_writes_what_it_promises():
     ("gan.py dcgan --data nowhere", "no data set or folder named nowhere"),
     ("gan.py dcgan --data empty", "holds no picture"),
     ("gan.py dcgan --data broken", "no readable picture"),
-    ("gan.py dcgan --data digits --out empty/file", "is a file; name a folder"),
-    ("gan.py dcgan --data digits --out empty/file/in", "name another folder"),
+    ("gan.py dcgan --data digits --out empty/file", "name another folder"),
     ("gan.py dcgan --data digits --device cuda:9", "use --device cpu"),
     ("gan.py dcgan --data digits --out empty", "no readable checkpoint"),
     ("gan.py dcgan --data digits --out wide", "--h 8, not 16"),
@@ -495,7 +494,6 @@ def test_a_run_writes_what_it_promises():
     ("fid.py digits:test broken/a.npy", "no readable .npy"),
     ("fid.py digits:test one.npy", "at least 4 and 8"),
     ("fid.py digits:test colour.npy", "pictures must be uint8 (N, 1 or 1"),
-    ("fid.py one", "two sources"),
     ("fid.py digits wide", "--dump"),
     ("fid.py digits:test colour.npy --features inception", "--features classifier"),
 ])
@@ -511,17 +509,6 @@ def test_bad_input_is_one_line(line, says):
         np.save(name, np.zeros(shape, np.uint8))
     assert says in run(line, code=2) and not Path("pwned").exists()
     assert not {path.suffix for path in Path().rglob("*")} & {".part", ".json"}
-
-
-def test_no_option_is_dead():
-    """Every field of every config is read, and stands in a command that is written down."""
-    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    written = code + README + (ROOT / "Makefile").read_text()
-    for Config in (gan.GANConfig, cyclegan.CycleConfig, biggan_interp.Run):
-        for field in Config.__dataclass_fields__.keys() - {"modern"}:
-            assert f"cfg.{field}" in code or f'"{field}"' in code, field
-            flag = field.replace("_", "-")
-            assert re.search(rf"--{flag}\b|\b{field}=", written), field
 
 
 class Evil:
@@ -729,7 +716,7 @@ def test_fid_inception_golden():
     state = recipe.state(shapes, 11).items()
     net.load_published({name: torch.from_numpy(np.array(a)) for name, a in state})
     for c in g["cases"]:
-        plus, *shape = json.loads(c["images"].replace("images(seed+", "[").replace(")", "]"))
+        plus, *shape = map(int, re.findall(r"\d+", c["images"]))
         h = net.features(torch.from_numpy(recipe.images(11 + plus, *shape))).flatten()
         error = h[c["features"]["at"]] - torch.tensor(c["features"]["values"])
         assert error.norm() < 1e-5 * h.norm()
@@ -914,6 +901,8 @@ def test_cyclegan_scores_see_that_nothing_was_done():
     true = F.l1_loss(a.test / 255, b.test / 255).item()
     assert m["ab cycle"] == 0 and m["ab L1"] == m["ab L1 identity"] == approx(true)
     assert m["ab L1 colour map"] < .003
+    dark = a.test // 2 + 9
+    assert cyclegan.l1(cyclegan.colour_match(dark, a.test), a.test) < .01
     assert "NOT better than ab L1 colour map" in cyclegan.verdict(m, "ab")
 
 
@@ -1112,9 +1101,9 @@ ROWS = {  # config, steps
 
 
 def bench_one(row, side):
-    """Prints the pictures a second of one side of one row; its first five steps are left out."""
+    """Prints the pictures a second of one side of one row, the second half of its steps."""
     cfg, steps = ROWS[row]
-    cfg.steps, cfg.log_every, cfg.sample_every = steps + 5, 5, 10 ** 9
+    cfg.steps, cfg.log_every, cfg.sample_every = 2 * steps, steps, 10 ** 9
     if row == "CycleGAN":
         x = images(4096, 3)
         style = cyclegan.Style("a", x, x[:100], None)
@@ -1126,7 +1115,7 @@ def bench_one(row, side):
         ours = partial(gan.train, cfg, x, torch.zeros(4096).long())
     if side == "textbook":
         times = [time.perf_counter() for _ in zip(range(cfg.steps), textbook)]
-        seconds = times[-1] - times[4]
+        seconds = times[-1] - times[steps - 1]
     else:
         *_, log = ours(Path(tempfile.mkdtemp()), data.device("cpu"))
         seconds = log.rows[-1]["seconds"] - log.rows[1]["seconds"]
@@ -1134,8 +1123,8 @@ def bench_one(row, side):
 
 
 def rates(n, f, *words):
-    """n times the calls a second, measured twice."""
-    return n / np.array(timeit.repeat(partial(f, *words), repeat=2, number=1))
+    """n times the calls a second, measured twice after a first one that does not count."""
+    return n / np.array(timeit.repeat(partial(f, *words), repeat=3, number=1)[1:])
 
 
 def show(row, plain, ours):
