@@ -8,7 +8,7 @@ VENV = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/done)
 SHELL = /bin/bash
 PRESETS = dcgan speedrun mlp emoji anime wgan text2img mnist28 cwgan
 SWEEPS = sweep-latent sweep-stability sweep-modern sweep-lambda tips wgan-vs-dcgan seeds
-.PHONY: help $(PRESETS) $(SWEEPS) modes interp fid cyclegan unit biggan bench results test clean clean-runs
+.PHONY: help $(PRESETS) $(SWEEPS) modes interp fid cyclegan unit biggan bench results figures test clean clean-runs
 
 help:
 	@sed -nE 's/^#* ?([a-z0-9-]+):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -30,10 +30,9 @@ help:
 $(PRESETS): $(VENV)
 	$(call GAN,$@)
 
-modes: $(VENV)  ## 1 min: which digits does the trained dcgan draw, and how often?
-	$(call GAN,dcgan)
-
-interp: $(VENV)  ## 1 min: walks between noise vectors and beyond: out/dcgan/interpolation.png
+# modes: ## 1 min: which digits does the trained dcgan draw, and how often?
+# interp: ## 1 min: walks between noise vectors and beyond: out/dcgan/interpolation.png
+modes interp: $(VENV)
 	$(call GAN,dcgan)
 
 fid: $(VENV)  ## 5 min: FID of the dcgan (trained first where there is none)
@@ -49,71 +48,52 @@ unit: $(VENV)  ## 20 min: UNIT, the same with one latent space
 biggan: $(VENV)  ## 15 min: BigGAN: map of its classes, walks between them (a small one is trained where the weights can't be had)
 	$(PYTHON) biggan_interp.py $(FLAGS)
 
-# A sweep: runs into out/<target>/, one after another, and all on one sheet. A run that blows up is a row of it.
-one = $(PYTHON) $(2) --out out/$@/$(1) $(FLAGS) || test $$? = 2
-sheet = $(PYTHON) data.py compare out/$@/* --out out/$@-all
+# A sweep: a run for each word, where a=1+b=2 stands for --a=1 --b=2, and all on one sheet. One that
+# blows up (exit code 2) is a row of it.
+define sweep
+$(foreach p,$(2),$(PYTHON) $(1) --$(subst +, --,$(p)) --out out/$@/$(p) $(FLAGS) || test $$? = 2
+)
+$(PYTHON) data.py compare out/$@/* --out out/$@-all
+endef
 
 sweep-latent: $(VENV)  ## 25 min: z and h in {16, 100}: four DCGANs at the course's learning rate
-	for z in 16 100; do for h in 16 100; do \
-	  $(call one,z$$z-h$$h,gan.py dcgan --lr 2e-4 --decay 0 --ema 0 --z $$z --h $$h); done; done
-	$(sheet)
+	$(call sweep,gan.py dcgan --lr 2e-4 --decay 0 --ema 0,z=16+h=16 z=16+h=100 z=100+h=16 z=100+h=100)
 
-STABLE = gan.py emoji --data faces-a --steps 6000
 sweep-stability: $(VENV)  ## 90 min: what stops mode collapse? modes of 132 on drawn faces
-	$(call one,1-plain,$(STABLE))
-	$(call one,2-gradient-penalty,$(STABLE) --gp 10)
-	$(call one,3-spectral-norm-D,$(STABLE) --sn D)
-	$(call one,4-spectral-norm-both,$(STABLE) --sn both)
-	$(call one,5-half-lr,$(STABLE) --lr 1.5e-4)
-	$(call one,6-d-steps-5,$(STABLE) --d-steps 5)
-	$(call one,7-modern,$(STABLE) --modern 1)
-	$(sheet)
+	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1)
 
-PARTS = gan.py emoji --data faces-a --modern 1 --steps 3000
 sweep-modern: $(VENV)  ## 50 min: what of the modern bundle matters? one part taken out at a time
-	$(call one,1-all,$(PARTS))
-	$(call one,2-bce-for-pairs,$(PARTS) --loss bce)
-	$(call one,3-no-r1,$(PARTS) --r1 0)
-	$(call one,4-no-r2,$(PARTS) --r2 0)
-	$(call one,5-batch-norm-in-D,$(PARTS) --bn both)
-	$(call one,6-no-average,$(PARTS) --ema 0)
-	$(call one,7-no-augmentation,$(PARTS) --augment 0)
-	$(sheet)
+	$(call sweep,gan.py emoji --data faces-a --modern 1 --steps 3000,modern=1 loss=bce r1=0 r2=0 bn=both ema=0 augment=0)
 
-TIP = gan.py anime --steps 1000
 tips: $(VENV)  ## 130 min: each training tip against its opposite, 64 x 64
-	$(call one,01-base,$(TIP))
-	$(call one,02-raw,$(TIP) --raw 1)
-	$(call one,03-raw-no-bn,$(TIP) --raw 1 --bn none)
-	$(call one,04-relu,$(TIP) --act relu)
-	$(call one,05-selu,$(TIP) --act selu)
-	$(call one,06-leaky,$(TIP) --act leaky)
-	$(call one,07-sgd,$(TIP) --g-opt sgd --d-opt sgd --lr 2e-3)
-	$(call one,08-rmsprop,$(TIP) --g-opt rmsprop --d-opt rmsprop --lr 5e-4)
-	$(call one,09-adam-and-sgd,$(TIP) --d-opt sgd --d-lr 2e-3)
-	$(call one,10-no-bn-in-D,$(TIP) --bn G)
-	$(call one,11-no-bn-in-G,$(TIP) --bn D)
-	$(sheet)
+	$(call sweep,gan.py anime --steps 1000,bn=both raw=1 raw=1+bn=none act=relu act=selu act=leaky bn=G bn=D \
+	  g-opt=sgd+d-opt=sgd+lr=2e-3 g-opt=rmsprop+d-opt=rmsprop+lr=5e-4 d-opt=sgd+d-lr=2e-3)
 
-wgan-vs-dcgan: $(VENV)  ## 60 min: the same faces, two losses
-	$(call one,dcgan,gan.py anime)
-	$(call one,wgan,gan.py wgan)
-	$(sheet)
+wgan-vs-dcgan: anime wgan  ## 65 min: the same faces, two losses
+	$(PYTHON) data.py compare out/anime out/wgan --out out/$@
 
-sweep-lambda: $(VENV)  ## 60 min: nine weights of the cycle loss on the drawn faces
-	for w in 0 0.005 0.010 0.015 0.025 0.05 0.1 0.5 1; do \
-	  $(call one,$$w,cyclegan.py --data faces --lambda-cycle $$w --steps 3000); done
-	$(sheet)
+sweep-lambda: $(VENV)  ## 60 min: nine weights of the cycle loss
+	$(call sweep,cyclegan.py --steps 3000,$(addprefix lambda-cycle=,0 0.005 0.010 0.015 0.025 0.05 0.1 0.5 1))
 
 seeds: $(VENV)  ## 15 min: CycleGAN from two seeds: shapes stay, colours change
-	for s in 11 1234; do $(call one,$$s,cyclegan.py --data faces --seed $$s); done
-	$(sheet)
+	$(call sweep,cyclegan.py,seed=11 seed=1234)
 
 bench: $(VENV)  ## 8 min: the textbook loop against ours, in turns, in one run
 	$(PYTHON) test_all.py bench
 
 results: $(VENV)  ## table of all finished runs
 	$(PYTHON) data.py compare $(patsubst %/result.json,%,$(wildcard out/*/result.json)) --out out/results
+
+figures: $(VENV)  ## the README's pictures, once the runs that it names are there
+	mkdir -p out/evolution
+	cp out/emoji/001000.png out/emoji/010000.png out/emoji/020000.png out/evolution
+	$(PYTHON) data.py show out/evolution figures/evolution.png --size 528
+	$(PYTHON) data.py compare $(addprefix out/,dcgan-course dcgan emoji emoji-modern1) --out figures/hero
+	$(PYTHON) data.py compare out/sick/* --out figures/sick
+	$(PYTHON) -c "from PIL import Image as I; I.open('out/text2img-modern1-batch32/conditions.png').save('figures/text2img.jpg')"
+	cp out/dcgan/curves.png figures
+	cp out/unit/translations.png figures/unit.png
+	rm figures/*-curves.png figures/*.md
 
 OTHERS = fid or cyclegan or biggan or two_ranks or killed
 test: $(VENV)  ## 3 min: everything that is promised, tested, in two halves side by side

@@ -766,11 +766,9 @@ def keep_memory():
 
 
 def device(name):
-    """torch.device by name; "auto" is cuda, else mps, else cpu."""
+    """torch.device by name; "auto" is the accelerator, cuda or mps, else cpu."""
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
+        name = torch.accelerator.current_accelerator(True) or "cpu"     # True: if it is there
     keep_memory()
     try:
         torch.zeros(1, device=name)
@@ -993,7 +991,8 @@ def main(argv=None):
     need(len(a.words) > (do == "show"), f"{do} what? python data.py --help has examples")
     if do == "show":
         _, images, _, _ = choose(a.words[0], a.size)
-        print("wrote", save(grid(images[:: 1 + len(images) // 100], 10), a.words[1]))
+        images = images[:: 1 + len(images) // 100]
+        print("wrote", save(grid(images, min(10, len(images))), a.words[1]))
     else:
         print(compare(a.words, a.out))
         print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")

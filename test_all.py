@@ -779,8 +779,8 @@ def test_fid_count(monkeypatch):
 def test_fid_against_and_line():
     """The floor is taken at the n of the comparison, and line says where one of them differs."""
     net, x = fid.Classifier(1, 32, (10,)), load("digits", 32)[0][:900]
-    r = fid.against(net, x, x[:200], "digits")
-    assert "n = 200, real-vs-real floor" in fid.line(r) and r["floor_n"] == 200
+    r = fid.against(net, x, x[:450], "digits")
+    assert "n = 450, real-vs-real floor" in fid.line(r) and r["floor_n"] == 450
     assert fid.scores(net, x, 255 - x[:200])["fid"] > 5 * max(r["fid"], r["floor"])
     few = fid.line(fid.scores(net, x[:100], x[:300]))
     assert "n = 100 real, 300, real-vs-real floor" in few and few.endswith(" at n = 50)")
