@@ -1,4 +1,5 @@
-# GANs from scratch; `make` lists the targets with their minutes on 2 cores without a GPU.
+# GANs from scratch; `make` lists the targets with their minutes on 2 idle cores without a GPU; a data
+# set met for the first time costs one more, for the classifier that measures.
 #   make dcgan STEPS=500 SEED=1 MODERN=1 ARGS="--h 32"     flags for any run
 #   make test PYTHON=python3                               your own Python in place of .venv
 PYTHON ?= .venv/bin/python
@@ -18,15 +19,15 @@ help:
 	.venv/bin/python -m pip install -q torch==2.13.0 numpy pillow pytest
 	touch $@
 
-# dcgan: ## 3 min: digits from noise, with FID and class counts
+# dcgan: ## 2 min: digits from noise, with FID and class counts
 # speedrun: ## 2 min: the best digits of two minutes
-# mlp: ## 2 min: the same game without convolutions
-# emoji: ## 10 min: least squares on emojis (drawn faces without network); MODERN=1: as one would do it today
-# anime: ## 25 min: DCGAN on faces, 64 x 64
-# wgan: ## 40 min: Wasserstein GAN with clipping on the same faces
-# text2img: ## 25 min: faces by hair and eye colour; then ARGS='--prompt "blue hair green eyes"'
-# mnist28: ## 5 min: 28 x 28 digits: are all drawn equally often?
-# cwgan: ## 15 min: conditional WGAN with gradient penalty: clothes by class
+# mlp: ## 1 min: the same game without convolutions
+# emoji: ## 5 min: least squares on emojis (drawn faces without network); MODERN=1: as one would do it today
+# anime: ## 9 min: DCGAN on faces, 64 x 64
+# wgan: ## 10 min: Wasserstein GAN with clipping on the same faces
+# text2img: ## 9 min: faces by hair and eye colour; then ARGS='--prompt "blue hair green eyes"'
+# mnist28: ## 3 min: 28 x 28 digits: are all drawn equally often?
+# cwgan: ## 7 min: conditional WGAN with gradient penalty: clothes by class
 $(PRESETS): $(VENV)
 	$(call GAN,$@)
 
@@ -35,23 +36,23 @@ $(PRESETS): $(VENV)
 modes interp: $(VENV)
 	$(call GAN,dcgan)
 
-fid: $(VENV)  ## 5 min: FID of the dcgan (trained first where there is none)
+fid: $(VENV)  ## 3 min: FID of the dcgan (trained first where there is none)
 	$(PYTHON) gan.py dcgan --dump 10000
 	$(PYTHON) fid.py out/dcgan $(ARGS)
 
-cyclegan: $(VENV)  ## 10 min: Apple to Windows emojis and back without pairs (drawn faces without network)
+cyclegan: $(VENV)  ## 6 min: Apple to Windows emojis and back without pairs (drawn faces without network)
 	$(PYTHON) cyclegan.py $(FLAGS)
 
-unit: $(VENV)  ## 20 min: UNIT, the same with one latent space
+unit: $(VENV)  ## 12 min: UNIT, the same with one latent space
 	$(PYTHON) cyclegan.py --model unit $(FLAGS)
 
-biggan: $(VENV)  ## 15 min: BigGAN: map of its classes, walks between them (a small one is trained where the weights can't be had)
+biggan: $(VENV)  ## 5 min: BigGAN: map of its classes, walks between them (a small one is trained where the weights can't be had)
 	$(PYTHON) biggan_interp.py $(FLAGS)
 
 # A sweep: a run for each word, where a=1+b=2 stands for --a=1 --b=2, and all on one sheet. One that
 # blows up (exit code 2) is a row of it.
 define sweep
-$(foreach p,$(2),$(PYTHON) $(1) --$(subst +, --,$(p)) --out out/$@/$(p) $(FLAGS) || test $$? = 2
+$(foreach p,$(2),$(PYTHON) $(1) $(FLAGS) --$(subst +, --,$(p)) --out out/$@/$(p) || test $$? = 2
 )
 $(PYTHON) data.py compare out/$@/* --out out/$@-all
 endef
@@ -59,26 +60,28 @@ endef
 sweep-latent: $(VENV)  ## 25 min: z and h in {16, 100}: four DCGANs at the course's learning rate
 	$(call sweep,gan.py dcgan --lr 2e-4 --decay 0 --ema 0,z=16+h=16 z=16+h=100 z=100+h=16 z=100+h=100)
 
-sweep-stability: $(VENV)  ## 90 min: what stops mode collapse? modes of 132 on drawn faces
+sweep-stability: $(VENV)  ## 55 min: what stops mode collapse? modes of 132 on drawn faces
 	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1)
 
-sweep-modern: $(VENV)  ## 50 min: what of the modern bundle matters? one part taken out at a time
+sweep-modern: $(VENV)  ## 25 min: what of the modern bundle matters? one part taken out at a time
 	$(call sweep,gan.py emoji --data faces-a --modern 1 --steps 3000,modern=1 loss=bce r1=0 r2=0 bn=both ema=0 augment=0)
 
-tips: $(VENV)  ## 130 min: each training tip against its opposite, 64 x 64
+tips: $(VENV)  ## 45 min: each training tip against its opposite, 64 x 64
 	$(call sweep,gan.py anime --steps 1000,bn=both raw=1 raw=1+bn=none act=relu act=selu act=leaky bn=G bn=D \
 	  g-opt=sgd+d-opt=sgd+lr=2e-3 g-opt=rmsprop+d-opt=rmsprop+lr=5e-4 d-opt=sgd+d-lr=2e-3)
 
-wgan-vs-dcgan: anime wgan  ## 65 min: the same faces, two losses
-	$(PYTHON) data.py compare out/anime out/wgan --out out/$@
+wgan-vs-dcgan: $(VENV)  ## 20 min: the same faces, two losses
+	$(PYTHON) gan.py anime $(FLAGS) --out out/$@/dcgan
+	$(PYTHON) gan.py wgan $(FLAGS) --out out/$@/wgan
+	$(PYTHON) data.py compare out/$@/* --out out/$@-all
 
-sweep-lambda: $(VENV)  ## 60 min: nine weights of the cycle loss
+sweep-lambda: $(VENV)  ## 25 min: nine weights of the cycle loss
 	$(call sweep,cyclegan.py --steps 3000,$(addprefix lambda-cycle=,0 0.005 0.010 0.015 0.025 0.05 0.1 0.5 1))
 
-seeds: $(VENV)  ## 15 min: CycleGAN from two seeds: shapes stay, colours change
+seeds: $(VENV)  ## 10 min: CycleGAN from two seeds: shapes stay, colours change
 	$(call sweep,cyclegan.py,seed=11 seed=1234)
 
-bench: $(VENV)  ## 8 min: the textbook loop against ours, in turns, in one run
+bench: $(VENV)  ## 10 min: the textbook loop against ours, in turns, in one run
 	$(PYTHON) test_all.py bench
 
 results: $(VENV)  ## table of all finished runs

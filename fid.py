@@ -560,8 +560,9 @@ def count(net, fake, labels, classes, asked=None):
             table = F.one_hot(wish, size).T @ F.one_hot(look, size)
             result[f"{name} asked seen"] = table.tolist()
     print(f"classes  {result['modes']} of {k} drawn, entropy {result['entropy']:.3f}, rarest "
-          f"{100 * result['rarest']:.1f}%, mean confidence {result['confidence']:.3f}; background "
-          f"{result['background']:.0f} of 255, in the data {net.background:.0f}")
+          f"{100 * result['rarest']:.1f}%, chi2 {result['chi2']:.0f}, mean confidence "
+          f"{result['confidence']:.3f}; background {result['background']:.0f} of 255, in the data "
+          f"{net.background:.0f}; counts {result['counts'] if k < 20 else 'in result.json'}")
     return result
 
 
