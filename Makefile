@@ -96,6 +96,8 @@ figures: $(VENV)  ## the README's pictures, once the runs that it names are ther
 	$(PYTHON) -c "from PIL import Image as I; I.open('out/text2img-modern1-batch32/conditions.png').save('figures/text2img.jpg')"
 	cp out/dcgan/curves.png figures
 	cp out/unit/translations.png figures/unit.png
+	cp out/cyclegan/translations.png figures/cyclegan.png
+	$(PYTHON) data.py compare out/cyclegan-datafaces* --out figures/colours
 	rm figures/*-curves.png figures/*.md
 
 OTHERS = fid or cyclegan or biggan or two_ranks or killed
