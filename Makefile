@@ -87,18 +87,23 @@ bench: $(VENV)  ## 10 min: the textbook loop against ours, in turns, in one run
 results: $(VENV)  ## table of all finished runs
 	$(PYTHON) data.py compare $(patsubst %/result.json,%,$(wildcard out/*/result.json)) --out out/results
 
+jpg = $(PYTHON) -c "from PIL import Image; Image.open('out/$(1).png').save('figures/$(2).jpg', quality=90)"
 figures: $(VENV)  ## the README's pictures, once the runs that it names are there
 	mkdir -p out/evolution
 	cp out/emoji/001000.png out/emoji/010000.png out/emoji/020000.png out/evolution
-	$(PYTHON) data.py show out/evolution figures/evolution.png --size 528
+	$(PYTHON) data.py show out/evolution out/evolution.png --size 528
+	$(PYTHON) data.py compare out/cyclegan-datafaces* --out out/colours
+	$(call jpg,evolution,evolution)
+	$(call jpg,colours,colours)
+	$(call jpg,text2img-modern1/conditions,text2img)
 	$(PYTHON) data.py compare $(addprefix out/,dcgan-course dcgan emoji emoji-modern1) --out figures/hero
 	$(PYTHON) data.py compare out/sick/* --out figures/sick
-	$(PYTHON) -c "from PIL import Image as I; I.open('out/text2img-modern1-batch32/conditions.png').save('figures/text2img.jpg')"
-	cp out/dcgan/curves.png figures
-	cp out/unit/translations.png figures/unit.png
-	cp out/cyclegan/translations.png figures/cyclegan.png
-	$(PYTHON) data.py compare out/cyclegan-datafaces* --out figures/colours
 	rm figures/*-curves.png figures/*.md
+	cp out/dcgan/curves.png figures
+	cp out/cyclegan/translations.png figures/cyclegan.png
+	cp out/unit/translations.png figures/unit.png
+	cp out/biggan/interpolation.png figures/walks.png
+	cp out/biggan/tsne.png figures
 
 OTHERS = fid or cyclegan or biggan or two_ranks or killed
 test: $(VENV)  ## 3 min: everything that is promised, tested, in two halves side by side

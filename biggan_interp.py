@@ -36,7 +36,7 @@ from data import EYES, FACES, HAIR, need, to_float, to_uint8
 @dataclass
 class Run:
     """What a run is. A field is a flag and its comment the flag's help."""
-    model: Literal["", "published", "small"] = ""   # empty: published if it can be had, else small
+    model: Literal["", "published", "small"] = ""   # empty: the one here, else published, small
     truncation: float = .5          # noise is cut at 2 and multiplied by this: cleaner, less varied
     steps: int = 3000               # steps of the small one's G; 0: only evaluate the checkpoint
     seed: int = 0                   # seed of weights, batches, noise and map
@@ -280,7 +280,7 @@ def load_published(path, config=Config()):
 # ---- the small BigGAN: its D and losses ----------------------------------------------------------
 
 class ProjectionD(nn.Module):
-    """D(x, y) = psi(phi(x)) + v_y . phi(x), Miyato & Koyama 2018 eq. 4: logits (N,).
+    """D(x, y) = psi(phi(x)) + v_y . phi(x), Miyato & Koyama 2018 sec. 3: logits (N,).
 
     x (N, 3, 32, 32) in [-1, 1], y (N,) int64: is it real, and is it of class y?"""
 

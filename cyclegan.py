@@ -362,8 +362,8 @@ def noisy(mu):
 
 
 def unit_terms(G, a, b, cfg):
-    """UNIT, Liu 2017 eq. 3 to 6, weights of UNIT 0.2: one latent z ~ N(mu, I) for both styles. Its
-    L1 is a mean."""
+    """UNIT, Liu 2017 eq. 3, 4, 7, 8, weights of UNIT 0.2: one latent z ~ N(mu, I) for both styles.
+    Its L1 is a mean."""
     mu_a, mu_b = G.encode(a, "a"), G.encode(b, "b")
     z_a, z_b = noisy(mu_a), noisy(mu_b)
     same_a, same_b = G.decode(z_a, "a"), G.decode(z_b, "b")
@@ -546,7 +546,7 @@ def scores(G, x, y, way):
     real = x.test if known else x.train[:1000].cpu()
     fake = translate(G, real, way)
     found = {"cycle": l1(translate(G, fake, way[::-1]), real)}
-    constant = y.train.median(0).values.cpu().expand_as(real)       # the least mean L1
+    constant = y.train.cpu().median(0).values.expand_as(real)       # the least mean L1
     mapped = colour_map(real, y.test) if known else colour_match(real, y.train.cpu())
     guesses = {"": fake, " identity": real, " constant": constant, " colour map": mapped}
     if known:

@@ -64,7 +64,7 @@ class BlewUp(UserError):
 
     def __init__(self, step):
         super().__init__(f"blew up: a loss, gradient or weight is not finite at step {step}; the "
-                         "last good checkpoint stays: try a lower --lr or --loss lsgan")
+                         "last good checkpoint, if any, stays: try a lower learning rate")
         self.step = step
 
 
@@ -121,11 +121,6 @@ def save_array(path, x):
     """A CPU tensor -> an .npy file, atomically."""
     with atomic(path) as part, open(part, "wb") as f:
         np.save(f, x.numpy())
-
-
-def save_samples(path, x):
-    """Pictures uint8 (N, C, H, W) -> an .npy file (N, H, W, C)."""
-    save_array(path, x.permute(0, 2, 3, 1))
 
 
 def find(name):
@@ -368,7 +363,9 @@ def folder_set(folder, size, split):
     fewer than 20 pictures all are in every split."""
     files = pictures(folder)
     kinds = {p: p.relative_to(folder).parts[0] for p in files}      # its sub-folder, or itself
-    classes = [] if set(files) & set(Path(folder).iterdir()) else sorted(set(kinds.values()))
+    classes = sorted(set(kinds.values()))
+    if len(classes) < 2 or set(files) & set(Path(folder).iterdir()):
+        classes = []
     if split != "all" and len(files) >= 20:
         files = held_out(files, split)
     stamp = [(str(p.resolve()), p.stat().st_mtime_ns) for p in files]
@@ -671,7 +668,7 @@ def meet():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+        dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
     if RANK > 0:
@@ -686,11 +683,6 @@ def rank_0_first():
     yield
     if WORLD > 1 and RANK == 0:
         dist.barrier()
-
-
-def share():
-    """This rank's part of a batch that every rank has drawn as a whole: batch[share()]."""
-    return slice(RANK, None, WORLD)
 
 
 def mean_gradients(opt, *_):
@@ -718,7 +710,8 @@ def run_main(main):
     except OSError as e:
         why = f"{e.filename or 'file'}: {e.strerror or e}; free space or name another folder"
     except KeyboardInterrupt:
-        print("\nstopped; the same command (without --resume 0) goes on from the last checkpoint")
+        print("\nstopped; the same command (without --resume 0) goes on from the last checkpoint, "
+              "where there is one")
         sys.exit(130)
     print(f"error: {why}", file=sys.stderr)
     sys.exit(2)
@@ -803,7 +796,7 @@ def run_folder(name, cfg, changes, free):
             name += f"-{field}{value}"
     out = Path(cfg.out or "out/" + re.sub("[/, ]", "+", name))
     v = versions()
-    print(f"run      {out}  seed {cfg.seed}  {v['gpu'] or 'CPU'}  {v['threads']} threads  "
+    print(f"run      {out}  seed {cfg.seed}  {device(cfg.device)}  {v['threads']} threads  "
           f"torch {v['torch']}", flush=True)
     return out
 
@@ -847,7 +840,8 @@ def restore(parts, path, cfg, free, device):
     With --resume 0 the run before goes. UserError where a field that is not free has changed."""
     old = list(path.parent.glob(".*.part"))             # what a killed run left half-written
     if not cfg.resume:
-        old += [*sample_grids(path.parent), path.parent / "log.csv", path]
+        old += [*sample_grids(path.parent), path.parent / "log.csv",
+                path.parent / "result.json", path]
     for file in old:
         file.unlink(missing_ok=True)
     if not path.is_file():
@@ -867,6 +861,7 @@ def restore(parts, path, cfg, free, device):
     if trained.get("decay") and state["step"] < cfg.steps != trained["steps"]:
         print(f"note     until step {state['step']} the learning rate fell as for --steps "
               f"{trained['steps']}: this is not one run of {cfg.steps}")
+    print(f"resumed  {path} after {state['step']} steps")
     return state["step"]
 
 

@@ -185,7 +185,7 @@ class Classifier(nn.Module):
 
     heads: (10,) for ten classes, (12, 11) for hair and eyes."""
     name = "classifier trained here"
-    scale = "compares with its own FIDs only, not with Inception's"
+    scale = "compares with FIDs of this very classifier only, not with Inception's"
     accuracy = ()
 
     def __init__(self, channels, size, heads):
@@ -298,11 +298,11 @@ def classifier(name, size, device="cpu"):
     heads = (len(classes),)
     if classes == data.FACES:
         heads = (12, 11)                                    # hair, eyes
-    elif len(classes) < 2:
+    elif not classes:
         labels, heads = None, (4, 3, 6, min(len(images), 4096))
     tag = f"{Path(name).name}-{size}"               # count and sum tell sets apart; v2: how trained
     path = data.DOWNLOADS / f"classifiers/{tag}-{len(images)}-{images.sum()}-v2.pt"
-    with torch.random.fork_rng(devices=[]):             # the caller's random state stays its own
+    with torch.random.fork_rng(devices=[]):             # the caller's random numbers stay
         torch.manual_seed(0)
         net = Classifier(images.shape[1], size, heads).to(device, memory_format=torch.channels_last)
         net.name, net.data = f"classifier-{tag}", name
@@ -515,7 +515,8 @@ def scores(net, real, fake):
 
 def against(net, images, fake, name):
     """Metrics of uint8 fakes (n, C, H, W) against n of the training pictures of the data set
-    `name`; its test pictures, then unused training ones give the floor. -> dict, see scores."""
+    `name`, or where it has fewer all of these and its test pictures; the floor is that of n others,
+    or of halves. -> dict, see scores."""
     n = len(fake)
     images = shuffled(images)
     test, _, _ = data.load(name, images.shape[-1], "test")
@@ -680,7 +681,9 @@ def main(argv=None):
         return
     record = Path(*words, "result.json")
     if len(words) == 1 and record.is_file():
-        words.insert(0, json.loads(record.read_text())["config"]["data"])
+        config = json.loads(record.read_text())["config"]
+        need("data" in config, f"{words[0]} has no samples: name a run of gan.py")
+        words.insert(0, config["data"])
     need(len(words) == 2, f"{' '.join(words) or 'no word'} is no run with samples.npy: python "
          "gan.py dcgan --dump 10000 writes that of out/dcgan; or name two sources, REAL GENERATED")
     if is_array(words[1]):
