@@ -3,13 +3,12 @@
 #   make dcgan STEPS=500 SEED=1 MODERN=1 ARGS="--h 32"     flags for any run
 #   make test PYTHON=python3                               your own Python in place of .venv
 PYTHON ?= .venv/bin/python
+VENV = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/done)
 FLAGS = $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 GAN = $(PYTHON) gan.py $(1) $(if $(MODERN),--modern $(MODERN)) $(FLAGS)
-VENV = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/done)
-SHELL = /bin/bash
 PRESETS = dcgan speedrun mlp emoji anime wgan text2img mnist28 cwgan
-SWEEPS = sweep-latent sweep-stability sweep-modern sweep-lambda tips wgan-vs-dcgan seeds
-.PHONY: help $(PRESETS) $(SWEEPS) modes interp fid cyclegan unit biggan bench results figures test clean clean-runs
+SHELL = /bin/bash
+.PHONY: $(PRESETS) $(shell sed -nE 's/^([a-z-]+):.*/\1/p' Makefile) modes interp
 
 help:
 	@sed -nE 's/^#* ?([a-z0-9-]+):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -70,11 +69,6 @@ tips: $(VENV)  ## 45 min: each training tip against its opposite, 64 x 64
 	$(call sweep,gan.py anime --steps 1000,bn=both raw=1 raw=1+bn=none act=relu act=selu act=leaky bn=G bn=D \
 	  g-opt=sgd+d-opt=sgd+lr=2e-3 g-opt=rmsprop+d-opt=rmsprop+lr=5e-4 d-opt=sgd+d-lr=2e-3)
 
-wgan-vs-dcgan: $(VENV)  ## 20 min: the same faces, two losses
-	$(PYTHON) gan.py anime $(FLAGS) --out out/$@/dcgan
-	$(PYTHON) gan.py wgan $(FLAGS) --out out/$@/wgan
-	$(PYTHON) data.py compare out/$@/* --out out/$@-all
-
 sweep-lambda: $(VENV)  ## 25 min: nine weights of the cycle loss
 	$(call sweep,cyclegan.py --steps 3000,$(addprefix lambda-cycle=,0 0.005 0.010 0.015 0.025 0.05 0.1 0.5 1))
 
@@ -84,26 +78,22 @@ seeds: $(VENV)  ## 10 min: CycleGAN from two seeds: shapes stay, colours change
 bench: $(VENV)  ## 10 min: the textbook loop against ours, in turns, in one run
 	$(PYTHON) test_all.py bench
 
-results: $(VENV)  ## table of all finished runs
+results: $(VENV)  ## table, samples and curves of all finished runs: out/results.md, .png, -curves.png
 	$(PYTHON) data.py compare $(patsubst %/result.json,%,$(wildcard out/*/result.json)) --out out/results
 
-jpg = $(PYTHON) -c "from PIL import Image; Image.open('out/$(1).png').save('figures/$(2).jpg', quality=90)"
 figures: $(VENV)  ## the README's pictures, once the runs that it names are there
 	mkdir -p out/evolution
 	cp out/emoji/001000.png out/emoji/010000.png out/emoji/020000.png out/evolution
 	$(PYTHON) data.py show out/evolution out/evolution.png --size 528
+	$(PYTHON) data.py compare $(addprefix out/,dcgan-course dcgan emoji emoji-modern1) --out out/hero
+	$(PYTHON) data.py compare out/sick/* --out out/sick-all
+	$(PYTHON) -c "from PIL import Image; i = Image.open('out/sick-all-curves.png'); \
+	  i.crop((0, i.height - 710, *i.size)).save('figures/sick.png')"
 	$(PYTHON) data.py compare out/cyclegan-datafaces* --out out/colours
-	$(call jpg,evolution,evolution)
-	$(call jpg,colours,colours)
-	$(call jpg,text2img-modern1/conditions,text2img)
-	$(PYTHON) data.py compare $(addprefix out/,dcgan-course dcgan emoji emoji-modern1) --out figures/hero
-	$(PYTHON) data.py compare out/sick/* --out figures/sick
-	rm figures/*-curves.png figures/*.md
-	cp out/dcgan/curves.png figures
-	cp out/cyclegan/translations.png figures/cyclegan.png
-	cp out/unit/translations.png figures/unit.png
-	cp out/biggan/interpolation.png figures/walks.png
-	cp out/biggan/tsne.png figures
+	for f in dcgan/curves=curves.png cyclegan/translations=cyclegan.png unit/translations=unit.png biggan/tsne=tsne.png \
+	  biggan/interpolation=walks.png hero=hero.png evolution=evolution.jpg colours=colours.jpg \
+	  text2img-modern1/conditions=text2img.jpg; do $(PYTHON) -c "from PIL import Image; \
+	  Image.open('out/$${f%=*}.png').save('figures/$${f#*=}', quality=90)"; done
 
 OTHERS = fid or cyclegan or biggan or two_ranks or killed
 test: $(VENV)  ## 3 min: everything that is promised, tested, in two halves side by side
@@ -112,6 +102,3 @@ test: $(VENV)  ## 3 min: everything that is promised, tested, in two halves side
 
 clean:  ## remove .venv and caches; downloads/ and out/ stay
 	rm -rf .venv __pycache__ .pytest_cache
-
-clean-runs:  ## remove out/
-	rm -rf out

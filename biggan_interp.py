@@ -11,7 +11,7 @@ not. Which classes are near shows t-SNE (van der Maaten & Hinton 2008), a map th
 it minimises KL(P || Q) = sum p_ij log(p_ij / q_ij), where p_ij says how much i and j are neighbours
 among the vectors and q_ij the same on the map.
 
-The published weights, 128 pixels and 1000 classes of ImageNet, are about 220 MB. Where they cannot
+The published weights, 128 pixels and 1000 classes of ImageNet, are about 210 MB. Where they cannot
 be had, a small BigGAN of the same layers is trained here on drawn faces of 32 pixels, whose 132
 classes are 12 hair by 11 eye colours. Read on in the order of the lecture: config, generator,
 published weights, the small one's game, t-SNE, classes and walks, what was drawn.
@@ -101,7 +101,8 @@ class Spectral(nn.Module):
             with torch.no_grad():
                 self.weight_v = F.normalize((W.T * self.weight_u).sum(1), dim=0)    # W^T u / norm
                 self.weight_u = F.normalize((W * self.weight_v).sum(1), dim=0)      # W v / norm
-        return self.weight_orig / (self.weight_u * (W * self.weight_v).sum(1)).sum()    # u^T W v
+        Wv = (W * self.weight_v).sum(1)
+        return self.weight_orig / (self.weight_u * Wv).sum()            # sigma = u^T W v
 
     def forward(self, x):
         W = self.weight()
@@ -114,8 +115,8 @@ class BatchNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * (1 + scale(cond)) + offset(cond), maps x (N, C, H, W).
 
     cond (N, z_dim + class_embed_dim): z beside the class vector; plain: weight and bias. Shorter z
-    have other statistics in every layer, so there is a table of them, a row a truncation (Brock
-    2019, appendix B). While training they are the batch's, and noted in their row."""
+    have other statistics in every layer (Brock 2019, appendix C.1), so the published code has a
+    table of them, a row a truncation. While training they are the batch's, and noted there."""
 
     def __init__(self, channels, config, plain=False):
         super().__init__()
@@ -132,6 +133,7 @@ class BatchNorm(nn.Module):
 
     def statistics(self, truncation):
         """Mean (C,), variance (C,): a row of the table, or a mixture of two."""
+        # Divided as published: truncation * last may be rounded to another row.
         coef, i = math.modf(truncation / (1 / self.last))
         i = int(i)
         table = torch.stack([self.running_means, self.running_vars])    # (2, rows, C)
@@ -391,8 +393,8 @@ def train(cfg, images, labels, out, device):
         average(G_ema, G, min(EMA, step / (step + 10)))     # forgets the first weights sooner
 
         if step % cfg.log_every == 0 or step in (1, cfg.steps):     # only this waits for the GPU
-            row = {"D": loss_D, "G": loss_G, "D(x)": real.mean(), "D(G(z)) before": fake.mean(),
-                   "D(G(z)) after": after.mean()}
+            row = {"D": d_hinge(real, fake), "G": loss_G, "D(x)": real.mean(),
+                   "D(G(z)) before": fake.mean(), "D(G(z)) after": after.mean()}
             log.write(step, BATCH, **row)
         if step % cfg.sample_every == 0 or step == cfg.steps:
             x = sample(sampler(G_ema), fixed_z, fixed_y)
@@ -449,9 +451,9 @@ def kl_gradient(P, y):
 def tsne(x, perplexity=30., seed=0, steps=1000):
     """Points (n, d) -> a map (n, 2) float64 that keeps neighbours; the same seed, the same map.
 
-    Sec. 3.4: from N(0, 1e-4 I), momentum .5, later .8, a gain a number (Jacobs 1988). At first P is
-    exaggerated 12 times, so that clusters form (van der Maaten 2014; 4 times in 2008). Exact: n^2
-    work and memory a step."""
+    Sec. 3.4: from noise of deviation 0.01, momentum .5, later .8, a gain a number (Jacobs 1988). At
+    first P is exaggerated 12 times, so that clusters form (van der Maaten 2014; 4 times in 2008).
+    Exact: n^2 work and memory a step."""
     P = affinities(x, perplexity)
     generator = torch.Generator().manual_seed(seed)
     y = 1e-2 * torch.randn(len(x), 2, generator=generator, dtype=torch.float64).to(P.device)
@@ -528,7 +530,7 @@ def draw_map(r, names, pairs, cfg, out):
     return divergence
 
 
-def judge(G, images, device):
+def small_scores(G, images, device):
     """FID, precision, recall, and whether hair and eyes are as asked, at truncation 1, 20 faces a
     class."""
     y = torch.arange(len(FACES)).repeat(20)
@@ -538,7 +540,7 @@ def judge(G, images, device):
 
 
 def evaluate(cfg, G, names, scores, log, out, device):
-    """Map, walks and result.json. scores: what judge() says of the small one, or {}."""
+    """Map, walks and result.json. scores: small_scores(), or {}."""
     r = G.embeddings.weight.T.cpu()                            # (classes, embed_dim)
     kinds = extreme_pairs(r)
     if not scores:
@@ -582,10 +584,10 @@ def main(argv=None):
         except data.Unavailable as e:
             need(not cfg.model, f"{e}; or --model small, which is trained here")
             print(f"model    small, trained here: {e}")
-    need(cfg.steps or begun, f"no {out}/last.pt to go by: train first, or name --out")
+    need(cfg.steps or begun, f"nothing to go by: --steps 0 needs {out}/last.pt and --resume 1")
     _, images, labels, _ = data.choose("faces-a", SMALL.size)
     G, log = train(cfg, images.to(device), labels.to(device), out, device)
-    evaluate(cfg, G, FACES, judge(G, images, device), log, out, device)
+    evaluate(cfg, G, FACES, small_scores(G, images, device), log, out, device)
 
 
 if __name__ == "__main__":

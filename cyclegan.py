@@ -15,7 +15,7 @@ blue. The paper's identity loss (--identity .5; the courses have none) asks that
 has the style already stays as it is, and so holds the colours.
 UNIT (Liu 2017) has one latent space for both styles, E_a(a) ~ E_b(b): two VAEs that share the last
 block of their encoders and the first of their decoders. A translation is Dec_b(E_a(a)). The paper
-plays with log D; its published code, UNIT 0.2, and we play the same LSGAN as above, 10 times.
+plays with log D; here the game is the same LSGAN as above, weighed 10 times.
 
 The faces' score is the L1 to the true answer; it is worth something only below that of doing
 nothing, of the best constant picture and of the best map of colours: all three are printed. Emojis
@@ -80,7 +80,7 @@ PAIRS = {"emojis": ("emoji-apple", "emoji-windows"), "faces": ("faces-a", "faces
 
 def config(**changes):
     """CycleConfig with the defaults of its model and size, changed: the course's CycleGAN at 32 x
-    32, UNIT 0.2, and Zhu 2017 (sec. 4, 7) beyond, whose lambda of 10 is 10 / (3 S^2) here."""
+    32, UNIT, and Zhu 2017 (sec. 4, 7) beyond, whose lambda of 10 is 10 / (3 S^2) here."""
     fields = {}
     if changes.get("size", 32) > 32:
         fields |= dict(lambda_cycle=10 / (3 * changes["size"] ** 2), identity=.5, pool=50, lr=2e-4,
@@ -304,8 +304,9 @@ def g_lsgan(fake):
 
 
 def cycle_loss(x, back):
-    """E |G_ba(G_ab(x)) - x|_1, Zhu 2017 eq. 2, SUMMED over a picture: 0.015 of it is 46 of a mean
-    over the 3 * 32 * 32 = 3,072 numbers of a picture, on whose scale the paper has lambda = 10."""
+    """E |G_ba(G_ab(x)) - x|_1, one way of Zhu 2017 eq. 2, SUMMED over a picture: 0.015
+    of it is 46 of a mean over the 3 * 32 * 32 = 3,072 numbers of a picture, on whose scale the
+    paper has lambda = 10."""
     return (back - x).abs().flatten(1).sum(1).mean()
 
 
@@ -362,8 +363,8 @@ def noisy(mu):
 
 
 def unit_terms(G, a, b, cfg):
-    """UNIT, Liu 2017 eq. 3, 4, 7, 8, weights of UNIT 0.2: one latent z ~ N(mu, I) for both styles.
-    Its L1 is a mean."""
+    """UNIT, Liu 2017 eq. 3, 4, 7, 8, with its code's weights: one latent z ~ N(mu, I) for both
+    styles. Its L1 is a mean."""
     mu_a, mu_b = G.encode(a, "a"), G.encode(b, "b")
     z_a, z_b = noisy(mu_a), noisy(mu_b)
     same_a, same_b = G.decode(z_a, "a"), G.decode(z_b, "b")
@@ -403,13 +404,13 @@ def load_style(names, size, device):
 
 def load_pair(cfg, out, device):
     """(style A, style B) of a config; cfg.data becomes the name of the pair."""
-    pairs = PAIRS | {"own": (cfg.a, cfg.b)}
     if cfg.a:
         cfg.data = "own"
-    first = {pairs[name][0]: name for name in data.kept(cfg, out).split(",")}
-    a = load_style(",".join(first), cfg.size, device)
-    cfg.data = first[a.name]
-    return a, load_style(pairs[cfg.data][1], cfg.size, device)
+        return load_style(cfg.a, cfg.size, device), load_style(cfg.b, cfg.size, device)
+    pair_of = {PAIRS[name][0]: name for name in data.kept(cfg, out).split(",")}
+    a = load_style(",".join(pair_of), cfg.size, device)
+    cfg.data = pair_of[a.name]
+    return a, load_style(PAIRS[cfg.data][1], cfg.size, device)
 
 
 def paired(a, b):
@@ -480,8 +481,9 @@ def train(cfg, a, b, out, device):
     amp = data.autocast(cfg.amp, device)
 
     for step in range(start + 1, cfg.steps + 1):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # what a step draws depends on nothing else:
-        if cfg.decay:                                   # a resumed run is the uninterrupted one
+        # What a step draws depends on nothing else: a resumed run is the uninterrupted one.
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        if cfg.decay:
             for opt in (opt_G, opt_D):
                 opt.param_groups[0]["lr"] = cfg.lr * min(1., 2 - 2 * (step - 1) / cfg.steps)
         x_a, x_b = draw_batch(a.train, cfg.batch), draw_batch(b.train, cfg.batch)
@@ -645,7 +647,7 @@ def main(argv=None):
         translate_files(cfg, out, device)
         return
     need(cfg.steps or cfg.resume and (out / "last.pt").exists(),
-         f"no {out}/last.pt to go by: train first, or name --out")
+         f"nothing to go by: --steps 0 needs {out}/last.pt and --resume 1")
     a, b = load_pair(cfg, out, device)
     G, D, log = train(cfg, a, b, out, device)
     evaluate(cfg, G, D, log, a, b, out)

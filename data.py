@@ -31,7 +31,6 @@ import tarfile
 import time
 import typing
 import urllib.request
-import zipfile
 from http.client import HTTPException
 from pathlib import Path
 
@@ -40,7 +39,7 @@ import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 DOWNLOADS = Path(os.environ.get("DOWNLOADS", "downloads"))
 RANK = int(os.environ.get("RANK", 0))                   # torchrun says which process of how many
@@ -147,7 +146,7 @@ def download(url, path, sha256=None):
                 f.write(chunk)
                 got += len(chunk)
                 if sys.stdout.isatty():
-                    print(f"\r{path.name}  {got / 1e6:.1f} of {total / 1e6:.1f} MB", end="\r")
+                    print(f"{path.name}  {got / 1e6:.1f} of {total / 1e6:.1f} MB", end="\r")
         need(got >= max(total, 1), f"cut off after {got:,} of {total:,} bytes")
         need(not sha256 or sha256_of(part) == sha256, f"wrong file: its sha256 is not {sha256}")
     print(f"downloaded {url} ({got / 1e6:.1f} MB)")
@@ -198,6 +197,7 @@ def read_picture(source, channels=3):
         with Image.open(file) as im:
             need(im.width * im.height <= MAX_PIXELS,
                  f"{im.width} x {im.height} are over {MAX_PIXELS:,} pixels")
+            im = ImageOps.exif_transpose(im)        # a phone lays its pictures on the side
             if im.has_transparency_data:
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -236,38 +236,21 @@ def read_all(sources, size):
     return torch.stack([fit(read_picture(source), size) for source in sources])
 
 
-def tar_members(path):
-    """(name, open file) of each file in a tar archive. Nothing is unpacked, so no name leads
-    outside; links and devices are passed over."""
-    with tarfile.open(path) as tar:
-        for m in tar:
-            if m.isfile():
-                yield m.name, tar.extractfile(m)
-
-
-def zip_members(path):
-    """(name, open file) of each file in a zip archive."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            yield name, archive.open(name)
-
-
 def members(name, urls=()):
-    """(name, bytes) of each file in the folder name/, in name.zip or in name.tar.gz, which is
-    downloaded where there is a URL."""
+    """(name, bytes) of each file in the folder name/, or in name.tar.gz, which is downloaded where
+    there is a URL. Nothing is unpacked, so no name leads outside; links are passed over."""
     folder = find(name)
     if folder:
         for p in sorted(folder.rglob("*")):
             if p.is_file():
                 yield p.as_posix(), p.read_bytes()
         return
-    path = find(f"{name}.zip") or fetch(f"{name}.tar.gz", urls)
-    kind = zip_members if path.suffix == ".zip" else tar_members
+    path = fetch(f"{name}.tar.gz", urls)
     try:
-        for member, file in kind(path):
-            raw = file.read(MAX_BYTES + 1)
-            need(len(raw) <= MAX_BYTES, f"refused: {member} has over {MAX_BYTES:,} bytes")
-            yield member, raw
+        with tarfile.open(path) as tar:
+            for m in filter(tarfile.TarInfo.isfile, tar):
+                need(m.size <= MAX_BYTES, f"refused: {m.name} has over {MAX_BYTES:,} bytes")
+                yield m.name, tar.extractfile(m).read()
     except Exception as e:                          # a damaged archive raises nearly anything
         raise UserError(f"{path} is no whole archive ({e}); delete it") from e
 
@@ -368,7 +351,7 @@ def folder_set(folder, size, split):
         classes = []
     if split != "all" and len(files) >= 20:
         files = held_out(files, split)
-    stamp = [(str(p.resolve()), p.stat().st_mtime_ns) for p in files]
+    stamp = [(str(p.resolve()), p.stat().st_mtime_ns, kinds[p]) for p in files]
     key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
     def build():
@@ -426,7 +409,9 @@ def draw_faces(style, n, first, size):
     x, labels = np.empty((n, 3, size, size), np.uint8), np.empty(n, np.int64)
     for i in range(n):
         r = np.random.RandomState(first + i)
-        hair, eye, p = r.randint(12), r.randint(11), r.uniform(-1, 1, 7)
+        hair = r.randint(12)
+        eye = r.randint(11)
+        p = r.uniform(-1, 1, 7)
         im = Image.new("RGB", (128, 128), (92, 106, 128) if soft else (255, 250, 235))
         draw = ImageDraw.Draw(im)
         for cx, cy, rx, ry, colour in face_ellipses(RGB[HAIR[hair]], RGB[EYES[eye]], p):
@@ -468,8 +453,11 @@ def load(name, size, split="train"):
     if name not in SETS:
         return folder_set(name, size, split)
     if split == "all":
-        (x, y, classes), (x2, y2, _) = load(name, size, "train"), load(name, size, "test")
-        return torch.cat([x, x2]), None if y is None else torch.cat([y, y2]), classes
+        x, y, classes = load(name, size, "train")
+        x2, y2, _ = load(name, size, "test")
+        if y is not None:
+            y = torch.cat([y, y2])
+        return torch.cat([x, x2]), y, classes
     if name == "mnist":
         return *idx_set("mnist", MNIST, MNIST_URLS, size, split), DIGITS
     if name == "fashion":
@@ -527,7 +515,7 @@ def write(draw, place, words, size=12, anchor="lm"):
 def save(image, path):
     """A Pillow image -> PNG file, atomically."""
     with atomic(path) as part:
-        image.save(part, format="PNG")
+        image.save(part, "PNG")
     return path
 
 
@@ -552,17 +540,19 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
     """Rows of images with words beside and above, as a PNG. rows: uint8 (n_i, C, H, W); left: a
     label a row; top: a label a column; marks: columns in a red frame."""
     strips = [grid(row, len(row)) for row in rows]
-    h, w = strips[0].height, strips[0].width / len(rows[0])
+    w = strips[0].width / len(rows[0])
     x0 = 12 + int(max(font().getlength(word) for word in ["", *left]))
     y0 = 4 + 20 * bool(title) + 20 * bool(top)
     width = max(x0 + max(strip.width for strip in strips), 16 + int(font(15).getlength(title)))
-    page = Image.new("RGB", (width, y0 + h * len(rows)), "white")
+    page = Image.new("RGB", (width, y0 + sum(strip.height for strip in strips)), "white")
     draw = ImageDraw.Draw(page)
     write(draw, (8, 12), title, 15)
+    y = y0
     for i, strip in enumerate(strips):
-        page.paste(strip, (x0, y0 + i * h))
-    for i, word in enumerate(left):
-        write(draw, (6, y0 + i * h + h / 2), word)
+        page.paste(strip, (x0, y))
+        if left:
+            write(draw, (6, y + strip.height / 2), left[i])
+        y += strip.height
     for j, word in enumerate(top):
         write(draw, (x0 + j * w + w / 2, y0 - 4), word, anchor="mb")
     for j in marks:
@@ -572,11 +562,11 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
 
 
 def gif(path, files):
-    """PNG files -> one looping GIF of about 40 frames, the last one held."""
-    files = files[::-1 - len(files) // 40][::-1] + 9 * files[-1:]       # the last one is held
+    """PNG files -> one looping GIF of at most 40 of them, and the last one held."""
+    files = files[::1 + len(files) // 40] + 9 * files[-1:]
     frames = [Image.open(file).convert("RGB") for file in files]
     with atomic(path) as part:
-        frames[0].save(part, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=150)
 
 
@@ -593,26 +583,26 @@ def ticks(low, high):
 def panel(draw, top, title, lines):
     """One chart at this height of a page 830 pixels wide: lines {name: (xs, ys)}. The vertical axis
     covers the 1st to the 99th percentile."""
-    x, y = np.concatenate([*lines.values()], 1)
-    low, high = np.percentile(y, [1, 99])
-    edge = .06 * (high - low) + .01 * abs(high) + 1e-6
-    low, high = np.array([x.min(), low - edge]), np.array([x.max() + 1e-6, high + edge])
+    xs, ys = np.concatenate([*lines.values()], 1)
+    y_low, y_high = np.percentile(ys, [1, 99])
+    edge = .06 * (y_high - y_low) + .01 * abs(y_high) + 1e-6
+    low, high = np.array([xs.min(), y_low - edge]), np.array([xs.max() + 1e-6, y_high + edge])
     scale = [754, -162] / (high - low)                                  # pixels a unit
     for v in ticks(low[1], high[1]):
-        y = top + 206 + (v - low[1]) * scale[1]
-        draw.line((60, y, 814, y), (225, 225, 225))
-        write(draw, (54, y), f"{v:.4g}", anchor="rm")
+        level = top + 206 + (v - low[1]) * scale[1]
+        draw.line((60, level, 814, level), (225, 225, 225))
+        write(draw, (54, level), f"{v:.4g}", anchor="rm")
     for v in ticks(low[0], high[0]):
         write(draw, (60 + (v - low[0]) * scale[0], top + 212), f"{v:g}", anchor="mt")
     draw.rectangle((60, top + 44, 814, top + 206), outline="black")
     write(draw, (60, top + 14), title, 15)
-    x = 64
+    left = 64
     for (name, line), colour in zip(lines.items(), COLOURS * 3):
         points = (np.transpose(line).clip(low, high) - low) * scale + [60, top + 206]   # (n, 2)
         draw.line(points.flatten().tolist(), colour, 2)
-        draw.line((x, top + 34, x + 16, top + 34), colour, 4)
-        write(draw, (x + 20, top + 34), name)
-        x += 34 + font().getlength(name)
+        draw.line((left, top + 34, left + 16, top + 34), colour, 4)
+        write(draw, (left + 20, top + 34), name)
+        left += 34 + font().getlength(name)
 
 
 def chart(path, panels):
@@ -858,9 +848,9 @@ def restore(parts, path, cfg, free, device):
             part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as e:
         raise UserError(f"{path} is no checkpoint of this model ({str(e).splitlines()[0]})") from e
-    if trained.get("decay") and state["step"] < cfg.steps != trained["steps"]:
-        print(f"note     until step {state['step']} the learning rate fell as for --steps "
-              f"{trained['steps']}: this is not one run of {cfg.steps}")
+    need(not trained.get("decay") or state["step"] >= cfg.steps or cfg.steps == trained["steps"],
+         f"in {path} the learning rate has fallen as for --steps {trained['steps']}: give that "
+         "length, another --out, or --resume 0 to begin anew")
     print(f"resumed  {path} after {state['step']} steps")
     return state["step"]
 
@@ -961,8 +951,8 @@ def compare(folders, out):
             lines.setdefault(column, {})[name] = log["step"], log[column]
         w, h = picture.size
         if w == h:                                  # a grid of 8 x 8; else a sheet, shown whole
-            picture, h = picture.crop((0, 0, w, w // 8)), w // 8
-        picture = np.array(picture.resize((640, 640 * h // w)))
+            h = w // 8
+        picture = np.array(picture.crop((0, 0, w, h)).resize((640, 640 * h // w)))
         strips.append(torch.from_numpy(picture).permute(2, 0, 1)[None])
     sheet(strips, f"{out}.png", [run[0] for run in runs])
     if lines:

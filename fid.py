@@ -106,15 +106,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians: means (d,), covariances (d, d) -> float.
 
     At full rank F1 is Cholesky's triangle L, and the eigenvalues of A A^T = L^T S2 L take half the
-    time. Where one is nearly 0, rounding would make its root 1e-8 of the largest: then as above."""
+    time."""
     mu1, S1, mu2, S2 = (torch.as_tensor(t).double() for t in (mu1, sigma1, mu2, sigma2))
     L, singular = torch.linalg.cholesky_ex(S1)
-    if not singular:
-        w = torch.linalg.eigvalsh(L.T @ S2 @ L)
-        if w[0] > 1e-12 * w[-1]:
-            d2 = ((mu1 - mu2) ** 2).sum() + torch.trace(S1 + S2) - 2 * w.sqrt().sum()
-            return d2.clamp(min=0).item()
-    return distance(mu1, sqrtm(S1), mu2, sqrtm(S2))
+    if singular:
+        return distance(mu1, sqrtm(S1), mu2, sqrtm(S2))
+    w = torch.linalg.eigvalsh(L.T @ S2 @ L).clamp(min=0)
+    d2 = ((mu1 - mu2) ** 2).sum() + torch.trace(S1 + S2) - 2 * w.sqrt().sum()
+    return d2.clamp(min=0).item()
 
 
 # ---- KID, precision and recall -------------------------------------------------------------------
@@ -248,7 +247,7 @@ def check_images(images, channels):
 def pretext(x, i):
     """What to guess where there are no labels. Pictures (N, 3, S, S) in [-1, 1], number i (N,) of
     their set -> the same, turned (Gidaris 2018), with channels exchanged, disturbed; and which of 4
-    turns, 3 orders, 6 kinds (weak: none) and which picture it was (Dosovitskiy 2014), 4 x (N,)."""
+    turns, 3 orders, 6 kinds (weak: none) and which picture i it is (Dosovitskiy 2014), 4 x (N,)."""
     turn, order, kind = [torch.randint(k, (len(x),)) for k in (4, 3, 6)]
     triples = zip(x, turn.tolist(), order.tolist())
     x = torch.stack([picture.rot90(t, (1, 2)).roll(o, 0) for picture, t, o in triples])
@@ -302,7 +301,7 @@ def classifier(name, size, device="cpu"):
         labels, heads = None, (4, 3, 6, min(len(images), 4096))
     tag = f"{Path(name).name}-{size}"               # count and sum tell sets apart; v2: how trained
     path = data.DOWNLOADS / f"classifiers/{tag}-{len(images)}-{images.sum()}-v2.pt"
-    with torch.random.fork_rng(devices=[]):             # the caller's random numbers stay
+    with torch.random.fork_rng():                       # the caller's random numbers stay
         torch.manual_seed(0)
         net = Classifier(images.shape[1], size, heads).to(device, memory_format=torch.channels_last)
         net.name, net.data = f"classifier-{tag}", name
@@ -502,9 +501,6 @@ def scores(net, real, fake):
     half = min(n, len(real) // 2)
     need(half > 3, f"{n} pictures against {len(real)} real ones: at least 4 and 8")
     x, y = net.features(real[:2 * n]), net.features(fake)
-    if half <= x.shape[1]:
-        print(f"note     a covariance of {half} pictures has rank {half - 1} of {x.shape[1]}: the "
-              "FID is exact, and higher than of many pictures")
     floor = fid(x[:half], x[half:2 * half])
     x = x[:n]
     few = x[:5000], y[:5000]
@@ -689,8 +685,8 @@ def main(argv=None):
     if is_array(words[1]):
         size = array(words[1]).shape[-1]
     net = network(cfg, cfg.data or words[0].split(":")[0], size)
-    real, fake = [shuffled(source(word, size, net)) for word in words]
-    fake = fake[:cfg.n or None]
+    fake = shuffled(source(words[1], size, net))[:cfg.n or None]
+    real = shuffled(source(words[0], fake.shape[-1], net))          # as sharp as the fakes
     result = scores(net, real, fake)
     if net.accuracy:
         _, labels, classes = data.load(net.data, size)

@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 2 gan.py dcgan                 two processes share each batch
 
 Two networks play (Goodfellow 2014, eq. 1):  min_G max_D E_x[log D(x)] + E_z[log(1 - D(G(z)))].
-D tells real x from x_fake = G(z); G makes D err. Here D returns logits (D(x) in the papers is
-sigmoid(logit)), pictures are in [-1, 1], and a loss is what is MINIMISED, a mean over the batch.
+D tells real x from x_fake = G(z); G makes D err. Here D returns logits, whose sigmoid is eq. 1's
+D(x), pictures are in [-1, 1], and a loss is what is MINIMISED, a mean over the batch.
 Given a condition c (N, K), G reads z and c side by side; D sees c as K more planes of the picture,
 or answers (N, 1 + K): column 0 is real or fake, the others name what is in the picture. Without a
 condition c is (N, 0), and nothing is added anywhere. Read on in the order of the lecture: config,
@@ -133,7 +133,7 @@ FREE = {"preset", "steps", "device", "amp", "log_every", "sample_every", "sample
 # ---- networks: a function a system, made of nothing but torch ------------------------------------
 # z: length of the noise; h: width; c: channels of a picture; out: how many numbers D answers. At
 # the right stands the side of the picture behind a layer: of i pixels a convolution makes
-# (i + 2p - k) / s + 1, a transposed one (i - 1) s - 2p + k.
+# (i + 2p - k) // s + 1, a transposed one (i - 1) s - 2p + k.
 
 def dcgan(z=16, h=16, c=1, out=1):
     """32 x 32 digits: G 57,937 and D 42,432 parameters."""
@@ -311,7 +311,8 @@ def mlp(z=16, h=128, c=1, out=1):
 
 
 def init(m):
-    """Weights ~ N(0, 0.02), Radford 2016 sec. 4; batch-norm gains ~ N(1, 0.02): G.apply(init)."""
+    """Weights of deviation 0.02 around 0, Radford 2016 sec. 4; batch norm's around 1; biases
+    stay as torch has them: G.apply(init)."""
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
         nn.init.normal_(m.weight, 0, .02)
     elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -348,7 +349,8 @@ def planes(x, c):
     return torch.cat([x, c], 1)
 
 
-# ---- losses: real = D(x), fake = D(G(z)), both logits (N,) ---------------------------------------
+# ---- losses: real, fake (N,): D's answers to x and to G(z) ---------------------------------------
+# To bce and saturating they are logits: D(x) is their sigmoid; elsewhere they are D(x) itself.
 
 def d_bce(real, fake):
     """-E log D(x) - E log(1 - D(G(z))), Goodfellow 2014 eq. 1; 1.386 = 2 ln 2 at D = 1/2."""
@@ -376,7 +378,8 @@ def g_lsgan(fake):
 
 
 def d_wgan(real, fake):
-    """-E D(x) + E D(G(z)), Arjovsky 2017 eq. 2: minus this estimates the Wasserstein distance."""
+    """-E D(x) + E D(G(z)), Arjovsky 2017 eq. 2: minus this estimates the Wasserstein
+    distance, times the greatest slope that clipping or penalty allow D."""
     return fake.mean() - real.mean()
 
 
@@ -485,8 +488,8 @@ def diff_augment(x):
     x = F.pad(x, [s] * 4)                                               # (N, C, S + 2 s, S + 2 s)
     corner = torch.randint(2 * s + 1, (2, n, 1), device=x.device)       # of the part that is kept
     rows, columns = corner + torch.arange(side, device=x.device)        # (N, S) each
-    which = torch.arange(n, device=x.device)[:, None, None]
-    return x[which, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    x = x.take_along_dim(rows[:, None, :, None], 2)
+    return x.take_along_dim(columns[:, None, None], 3)
 
 
 # ---- experiments: surgery on the networks --------------------------------------------------------
@@ -641,12 +644,16 @@ def train(cfg, images, labels, out, device):
     parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D)
     start = data.restore(parts, out / "last.pt", cfg, FREE, device)
     log = data.Log(out, cfg.steps, start)
+    if start < cfg.steps:                               # they are of the network as it was
+        for path in out.glob("*.npy"):
+            path.unlink(missing_ok=True)
     share = slice(data.RANK, None, data.WORLD)
     amp = data.autocast(cfg.amp, device)
 
     for step in range(start + 1, cfg.steps + 1):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # what a step draws depends on nothing else:
-        if cfg.decay:                                   # a resumed run is the uninterrupted one
+        # What a step draws depends on nothing else: a resumed run is the uninterrupted one.
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        if cfg.decay:
             rate = min(1., 2 - 2 * (step - 1) / cfg.steps)
             opt_G.param_groups[0]["lr"] = cfg.lr * rate
             opt_D.param_groups[0]["lr"] = d_lr * rate
@@ -685,11 +692,12 @@ def train(cfg, images, labels, out, device):
                 x_fake = G(torch.cat([z, c], 1)).float()
             after = D_c(x_fake)
             if cfg.loss == "relativistic":              # D has moved, so D(x) anew
-                loss_G = g_loss(D_c(x)[:, 0], after[:, 0])
+                game = g_loss(D_c(x)[:, 0], after[:, 0])
             else:
-                loss_G = g_loss(after[:, 0])
+                game = g_loss(after[:, 0])
+        loss_G = game
         if cfg.cond == "ac":                            # a fake should be named what was asked for
-            loss_G += ac_loss(after[:, 1:], c, cfg.heads)
+            loss_G = game + ac_loss(after[:, 1:], c, cfg.heads)
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
@@ -702,8 +710,9 @@ def train(cfg, images, labels, out, device):
             if d_loss is d_bce:
                 scores = scores.sigmoid()               # probabilities
             d_real, d_before, d_after = scores.mean(1)
-            row = {"D": loss_D, "G": loss_G, "D(x)": d_real, "D(G(z)) before": d_before,
-                   "D(G(z)) after": d_after, "|dD|": grad_norm(D), "|dG|": grad_norm(G),
+            row = {"D": d_loss(real[:, 0], fake[:, 0]), "G": game,          # the game's own terms
+                   "D(x)": d_real, "D(G(z)) before": d_before, "D(G(z)) after": d_after,
+                   "|dD|": grad_norm(D), "|dG|": grad_norm(G),
                    "spread": spread(x_fake) / spread(x).clamp(min=1e-6)}
             if cfg.channels == 3:
                 row |= {"sat real": saturation(x), "sat fake": saturation(x_fake)}
@@ -746,7 +755,7 @@ def condition_grid(G, z, heads, classes, path):
 
 
 def parse_prompt(text):
-    """"blue hair green eyes" -> label 11 * hair + eyes. UserError with the colours otherwise."""
+    """A prompt, "blue hair green eyes" -> label 11 * hair + eyes; else a UserError names them."""
     face = " ".join(re.findall(r"\w+", text.lower().replace("grey", "gray")))
     need(face in FACES, f"cannot read {text!r}: write <colour> hair <colour> eyes; hair: "
          f"{' '.join(HAIR)}; eyes: {' '.join(EYES)}")
@@ -779,7 +788,7 @@ PANELS = [
     ("gradient norms", ["|dD|", "|dG|"]),
     ("spread, fake over real", ["spread"]),
     ("saturation", ["sat real", "sat fake"]),
-    ("estimated Wasserstein distance", ["W"]),
+    ("W = E D(x) - E D(G(z))", ["W"]),
 ]
 
 
@@ -841,7 +850,7 @@ def main(argv=None):
          f"--batch {cfg.batch}: at least 2 pictures, as many for each of {data.WORLD} rank(s)")
     out = data.run_folder(cfg.preset, cfg, changes, FREE)
     need(cfg.steps or cfg.resume and (out / "last.pt").exists(),
-         f"no {out}/last.pt to go by: train first, or name --out")
+         f"nothing to go by: --steps 0 needs {out}/last.pt and --resume 1")
 
     with data.rank_0_first():                           # it downloads or draws for the others
         cfg.data, images, labels, classes = data.choose(data.kept(cfg, out), NETS[cfg.net][1])
