@@ -90,7 +90,7 @@ figures: $(VENV)  ## the README's pictures, once the runs that it names are ther
 	$(PYTHON) -c "from PIL import Image; i = Image.open('out/sick-all-curves.png'); \
 	  i.crop((0, i.height - 710, *i.size)).save('figures/sick.png')"
 	$(PYTHON) data.py compare out/cyclegan-datafaces* --out out/colours
-	for f in dcgan/curves=curves.png cyclegan/translations=cyclegan.png unit/translations=unit.png biggan/tsne=tsne.png \
+	for f in dcgan/curves=curves.png seeds-all=cyclegan.png unit/translations=unit.png biggan/tsne=tsne.png \
 	  biggan/interpolation=walks.png hero=hero.png evolution=evolution.jpg colours=colours.jpg \
 	  text2img-modern1/conditions=text2img.jpg; do $(PYTHON) -c "from PIL import Image; \
 	  Image.open('out/$${f%=*}.png').save('figures/$${f#*=}', quality=90)"; done

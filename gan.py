@@ -407,7 +407,10 @@ def ac_loss(logits, c, heads):
     """-E log P(C = c | x), Odena 2017 eq. 3, from D's other logits (N, K) and one-hots c (N, K).
 
     heads: sizes of the softmaxes, (12, 11) for hair and eyes, (10,) for digits; a sum over them."""
-    return sum(map(F.cross_entropy, logits.split(heads, 1), c.split(heads, 1)))
+    loss = 0.
+    for answer, asked in zip(logits.split(heads, 1), c.split(heads, 1)):    # hair, then eyes
+        loss += F.cross_entropy(answer, asked)
+    return loss
 
 
 # ---- restraints on D: clipping, penalties, spectral norm, augmentation ---------------------------
