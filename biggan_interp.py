@@ -413,7 +413,8 @@ def conditional(x, perplexity):
     d2 = torch.cdist(x.double(), x.double()) ** 2
     d2 = d2 / d2.mean(1, keepdim=True)
     d2.fill_diagonal_(math.inf)                                         # p_{i|i} = 0
-    log_beta, step = torch.zeros_like(d2[:, :1]), 20.
+    log_beta = torch.zeros_like(d2[:, :1])
+    step = 20.
     for _ in range(50):
         p = F.softmax(-log_beta.exp() * d2, 1)
         entropy = torch.special.entr(p).sum(1, keepdim=True)            # -sum p ln p, (n, 1)
@@ -461,9 +462,11 @@ def tsne(x, perplexity=30., seed=0, steps=1000):
     velocity = torch.zeros_like(y)
     gain = torch.ones_like(y)
     for step in range(steps):
-        exaggeration, momentum = 1, .8
+        exaggeration = 1
+        momentum = .8
         if step < 250:
-            exaggeration, momentum = 12, .5
+            exaggeration = 12
+            momentum = .5
         gradient = kl_gradient(exaggeration * P, y)
         uphill = gradient * velocity > 0                                # so was the last move
         gain = torch.where(uphill, gain * .8, gain + .2).clamp(min=.01)
@@ -518,9 +521,11 @@ def walk(G, i, j, z, truncation):
 def draw_map(r, names, pairs, cfg, out):
     """tsne.png: the map of all class vectors r (n, d), walks as lines. Returns its KL."""
     groups = torch.arange(len(r)) * 12 // len(r)    # twelfths of the list: kin, in ImageNet's
-    kinds, colours = names[::84], data.COLOURS
+    kinds = names[::84]
+    colours = data.COLOURS
     if names == FACES:                                  # each has one hair colour
-        kinds, colours = HAIR, [data.RGB[hair] for hair in HAIR]
+        kinds = HAIR
+        colours = [data.RGB[hair] for hair in HAIR]
     perplexity = len(r) ** .5
     xy = tsne(r, perplexity, cfg.seed)
     divergence = kl(affinities(r, perplexity), xy).item()

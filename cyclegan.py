@@ -278,7 +278,8 @@ class UNIT(nn.Module):
 
 def networks(cfg):
     """(G, D) of a config: G(x, "ab") translates, D["a"] and D["b"] judge, one optimiser each."""
-    G, D = CycleGAN(), nn.ModuleDict()
+    G = CycleGAN()
+    D = nn.ModuleDict()
     for way in ("ab", "ba"):
         if cfg.size > 32:
             G[way] = ResNetGenerator(cfg.width, 6 if cfg.size <= 128 else 9)
@@ -322,7 +323,8 @@ class ImagePool:
     each with probability 1/2, an old one whose place the new one takes."""
 
     def __init__(self, size):
-        self.size, self.held = size, []
+        self.size = size
+        self.held = []
 
     def __call__(self, x_fake):
         shown = []
@@ -534,9 +536,9 @@ def colour_map(x, y):
 
 def colour_match(x, y):
     """x with the mean and the deviation of each channel of y, where no answers are known; uint8."""
-    Y = to_float(y)
-    return to_uint8(F.batch_norm(to_float(x), None, None, Y.std((0, 2, 3)), Y.mean((0, 2, 3)),
-                                 True))
+    s_x, mean_x = torch.std_mean(to_float(x), (0, 2, 3), keepdim=True)      # (1, 3, 1, 1)
+    s_y, mean_y = torch.std_mean(to_float(y), (0, 2, 3), keepdim=True)
+    return to_uint8((to_float(x) - mean_x) / s_x.clamp(min=1e-3) * s_y + mean_y)
 
 
 def scores(G, x, y, way):

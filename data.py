@@ -192,7 +192,8 @@ def read_picture(source, channels=3):
     white: convert("RGB") alone would show the colour under it, dark green in the emojis."""
     name, file = source, source
     if isinstance(source, tuple):
-        name, file = source[0], io.BytesIO(source[1])
+        name = source[0]
+        file = io.BytesIO(source[1])
     try:
         with Image.open(file) as im:
             need(im.width * im.height <= MAX_PIXELS,
@@ -387,8 +388,12 @@ RGB = dict(orange=(240, 140, 30), white=(246, 246, 250), aqua=(80, 225, 220), gr
 def face_ellipses(hair, eye, p):
     """One face as ellipses (x, y, half width, half height, colour) on 128 x 128, back to front.
     p: 7 numbers in [-1, 1]: shift x, shift y, width, hair length, mouth width and height, gaze."""
-    x, y, w, long = 64 + 6 * p[0], 66 + 5 * p[1], 34 + 3 * p[2], 34 + 18 * p[3]
-    skin, look = (253, 222, 196), 3 * p[6]
+    x = 64 + 6 * p[0]
+    y = 66 + 5 * p[1]
+    w = 34 + 3 * p[2]
+    long = 34 + 18 * p[3]
+    skin = (253, 222, 196)
+    look = 3 * p[6]
     ellipses = [(x, y - 12, w + 12, 42, hair), (x - w, y + 14, 14, long, hair),
                 (x + w, y + 14, 14, long, hair), (x, y + 64, 22, 34, skin), (x, y, w, 42, skin),
                 (x, y - 34, w, 22, hair)]
@@ -406,7 +411,8 @@ def draw_faces(style, n, first, size):
     soft = style == "a"
     v, u = np.mgrid[0:size, 0:size] / (size - 1)
     light = 1.12 - .42 * np.hypot(u - .25, v - .2)                      # (S, S)
-    x, labels = np.empty((n, 3, size, size), np.uint8), np.empty(n, np.int64)
+    x = np.empty((n, 3, size, size), np.uint8)
+    labels = np.empty(n, np.int64)
     for i in range(n):
         r = np.random.RandomState(first + i)
         hair = r.randint(12)
@@ -586,7 +592,8 @@ def panel(draw, top, title, lines):
     xs, ys = np.concatenate([*lines.values()], 1)
     y_low, y_high = np.percentile(ys, [1, 99])
     edge = .06 * (y_high - y_low) + .01 * abs(y_high) + 1e-6
-    low, high = np.array([xs.min(), y_low - edge]), np.array([xs.max() + 1e-6, y_high + edge])
+    low = np.array([xs.min(), y_low - edge])
+    high = np.array([xs.max() + 1e-6, y_high + edge])
     scale = [754, -162] / (high - low)                                  # pixels a unit
     for v in ticks(low[1], high[1]):
         level = top + 206 + (v - low[1]) * scale[1]
@@ -635,7 +642,8 @@ def scatter(path, xy, groups, group_names, labels, links, title, colours):
     draw = ImageDraw.Draw(page)
     write(draw, (10, 14), title, 16)
     for k, name in enumerate(group_names):
-        x, y = 12 + k % 6 * 135, 38 + 18 * (k // 6)
+        x = 12 + k % 6 * 135
+        y = 38 + 18 * (k // 6)
         draw.ellipse((x, y - 4, x + 8, y + 4), colours[k])
         write(draw, (x + 13, y), name)
     points = (xy - xy.min(0)) / np.ptp(xy, 0) * [700, 760] + [40, 90]
@@ -794,7 +802,8 @@ def run_folder(name, cfg, changes, free):
 def kept(cfg, out):
     """The data sets to choose from: the one that the run in this folder began with, if it is one of
     cfg.data, even where a better one has appeared since; else cfg.data."""
-    path, names = out / "last.pt", cfg.data.split(",")
+    path = out / "last.pt"
+    names = cfg.data.split(",")
     if not (cfg.resume and path.is_file()):
         return cfg.data
     began = load_checkpoint(path).get("config", {}).get("data")
@@ -941,9 +950,12 @@ def compare(folders, out):
     numbers in <out>.md. Returns the table, Markdown, a row a run."""
     runs = [read_run(folder) for folder in folders]
     names = ["step", "seconds"]
-    names += dict.fromkeys(k for run in runs for k, v in run[1]["metrics"].items() if short(v))
+    for _, record, _, _ in runs:
+        names += [name for name, value in record["metrics"].items()
+                  if short(value) and name not in names]
     table = ["| run | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-    lines, strips = {}, []
+    lines = {}
+    strips = []
     for name, record, picture, log in runs:
         numbers = record | record["metrics"]
         table.append(f"| {name} | " + " | ".join(short(numbers.get(k)) for k in names) + " |")

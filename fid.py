@@ -275,7 +275,8 @@ def train_classifier(net, images, labels):
         if labels is None:
             x, y = pretext(x, i % net.heads[-1])
         else:
-            x, y = augment(x), torch.unravel_index(labels[i], net.heads)    # 11 * hair + eyes
+            x = augment(x)
+            y = torch.unravel_index(labels[i], net.heads)    # 11 * hair + eyes
         loss = 0.                           # each head's share of it begins at about 1
         with data.autocast(-1, device):
             for logits, part in zip(net(x.to(device)), y):
@@ -298,13 +299,15 @@ def classifier(name, size, device="cpu"):
     if classes == data.FACES:
         heads = (12, 11)                                    # hair, eyes
     elif not classes:
-        labels, heads = None, (4, 3, 6, min(len(images), 4096))
+        labels = None
+        heads = (4, 3, 6, min(len(images), 4096))
     tag = f"{Path(name).name}-{size}"               # count and sum tell sets apart; v2: how trained
     path = data.DOWNLOADS / f"classifiers/{tag}-{len(images)}-{images.sum()}-v2.pt"
     with torch.random.fork_rng():                       # the caller's random numbers stay
         torch.manual_seed(0)
         net = Classifier(images.shape[1], size, heads).to(device, memory_format=torch.channels_last)
-        net.name, net.data = f"classifier-{tag}", name
+        net.name = f"classifier-{tag}"
+        net.data = name
         net.background = images[..., [0, -1]].median().item()
         if path.is_file():
             saved = data.load_checkpoint(path, device)

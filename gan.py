@@ -482,7 +482,8 @@ def diff_augment(x):
 
     D sees real and fake pictures only so and cannot learn a small set by heart; G's gradient passes
     through, so G is not taught the colours. lerp(a, b, w) = a + w (b - a)."""
-    n, side = len(x), x.shape[-1]
+    n = len(x)
+    side = x.shape[-1]
     light, colour, contrast = torch.rand(3, n, 1, 1, 1, device=x.device)
     x = x + light - .5                                                  # brightness: -0.5 .. 0.5
     x = torch.lerp(x.mean(1, keepdim=True), x, 2 * colour)              # saturation: times 0 .. 2
@@ -750,11 +751,17 @@ def interpolate(G, z, c, path):
 
 def condition_grid(G, z, heads, classes, path):
     """What the condition does: a class a row, a z a column; of faces hair by eyes, all at one z."""
-    faces = classes == FACES
-    z = z[:1].expand(11, -1) if faces else z[:10]
-    y = torch.arange(len(classes), device=z.device).view(heads[0], -1)  # (12, 11), or (K, 1)
-    rows = [sample(G, z, condition(asked, heads)) for asked in y.expand(-1, len(z))]
-    data.sheet(rows, path, HAIR if faces else classes, EYES if faces else ())
+    y = torch.arange(len(classes), device=z.device)
+    if classes == FACES:
+        y = y.view(12, 11)
+        z = z[:1].expand(11, -1)
+        left, top = HAIR, EYES
+    else:
+        y = y[:, None].expand(-1, 10)                   # (K, 10)
+        z = z[:10]
+        left, top = classes, ()
+    rows = [sample(G, z, condition(asked, heads)) for asked in y]
+    data.sheet(rows, path, left, top)
 
 
 def parse_prompt(text):
@@ -811,7 +818,8 @@ def evaluate(cfg, G, D, log, source, out, device):
     interpolate(G, z[:12], c[:6], out / "interpolation.png")
     if cfg.heads:
         condition_grid(G, z, cfg.heads, classes, out / "conditions.png")
-    x, y = sample(G, z, c), y.cpu()
+    x = sample(G, z, c)
+    y = y.cpu()
     if cfg.dump:
         data.save_array(out / "samples.npy", x[:cfg.dump].permute(0, 2, 3, 1))
         if cfg.heads:

@@ -173,7 +173,8 @@ def test_presets_make_pictures_and_logits(preset):
     for modern in (0, 1):
         cfg = gan.config(preset, modern)
         G, D = gan.networks(cfg)
-        c, side = torch.zeros(2, sum(cfg.heads)), gan.NETS[cfg.net][1]
+        c = torch.zeros(2, sum(cfg.heads))
+        side = gan.NETS[cfg.net][1]
         x = G(torch.cat([torch.randn(2, cfg.z), c], 1))
         assert x.shape == (2, cfg.channels, side, side)
         assert gan.judge(D, c, cfg, x).shape == (2, 1 + c.shape[1] * (cfg.cond == "ac"))
@@ -218,7 +219,8 @@ def test_losses_are_their_equations():
 
 def test_mistake_1_sigmoid_before_a_loss_on_logits():
     """At D = 1/2 the loss is 2 ln 2 and falls to 0; with a sigmoid before it, it cannot."""
-    zero, sure = torch.zeros(4), torch.full((4,), 20.)
+    zero = torch.zeros(4)
+    sure = torch.full((4,), 20.)
     assert abs(gan.d_bce(zero, zero) - 2 * math.log(2)) < 1e-6 and gan.d_bce(sure, -sure) < 1e-6
     assert gan.d_bce(sure.sigmoid(), (-sure).sigmoid()) > 1
 
@@ -313,7 +315,9 @@ def textbook_gan(cfg, batches):
     G, D = gan.networks(cfg)
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
                     for net in (G, D)]
-    bce, ones, pairs = nn.BCELoss(), torch.ones(cfg.batch, 1), cfg.loss == "relativistic"
+    bce = nn.BCELoss()
+    ones = torch.ones(cfg.batch, 1)
+    pairs = cfg.loss == "relativistic"
     for step, (x,) in enumerate(batches, 1):
         x_fake = G(torch.randn(cfg.batch, cfg.z))
         real, fake = D(x), D(x_fake.detach())
@@ -342,7 +346,8 @@ def textbook_gan(cfg, batches):
 def test_mistake_5_no_detach_and_the_order_of_the_game(changes, tmp_path):
     """Two steps equal a reference: D's step leaves G alone, G plays the same fakes against the D
     just improved."""
-    cfg, x_all = small(**changes), images()
+    cfg = small(**changes)
+    x_all = images()
     nets = gan.train(cfg, x_all, torch.zeros(40).long(), tmp_path, CPU)[:2]
     *_, by_hand = textbook_gan(cfg, drawn(cfg, x_all))
     inputs = torch.randn(8, cfg.z), torch.randn(8, 1, 32, 32)
@@ -353,7 +358,8 @@ def test_mistake_5_no_detach_and_the_order_of_the_game(changes, tmp_path):
 def test_mistake_6_samples_in_training_mode():
     """In eval mode a picture depends on its own z alone; G is left as it was."""
     G, _ = build("dcgan")
-    z, c = torch.randn(8, 16), torch.zeros(8, 0)
+    z = torch.randn(8, 16)
+    c = torch.zeros(8, 0)
     assert torch.equal(gan.sample(G, z[:1], c[:1]), gan.sample(G, z, c)[:1]) and G.training
     assert not torch.allclose(G(z)[:1], G(z[:2])[:1])
 
@@ -415,7 +421,8 @@ def test_compare_and_a_run_that_blows_up():
 def test_resumed_is_uninterrupted_to_the_bit(changes):
     """A run that ends in step 6 goes on from step 3. And the last rate; clipped weights."""
     cfg = small(**changes, steps=6, sample_every=3)
-    x, y = images(40, cfg.channels, gan.NETS[cfg.net][1]), torch.arange(40)
+    x = images(40, cfg.channels, gan.NETS[cfg.net][1])
+    y = torch.arange(40)
     game = partial(gan.train, cfg, x, y)
     game(Path("whole"), CPU)
     with mock.patch.object(data, "save", side_effect=[0, 0, KeyboardInterrupt]):
@@ -763,7 +770,8 @@ def test_fid_classifier_learns_and_is_kept(monkeypatch, capsys):
 
 def test_fid_count(monkeypatch):
     """Faces: label = 11 * hair + eyes; the table counts eyes asked (rows) against eyes seen."""
-    net, x = fid.Classifier(3, 16, (12, 11)), torch.full((4, 3, 16, 16), 20).byte()
+    net = fid.Classifier(3, 16, (12, 11))
+    x = torch.full((4, 3, 16, 16), 20).byte()
     hair, eyes = net.attributes(x[:, :1])                   # grey is colour, too
     assert torch.equal(net.predict(x)[0], 11 * hair + eyes)
     net.background = 7
@@ -780,7 +788,8 @@ def test_fid_count(monkeypatch):
 
 def test_fid_against_and_line():
     """The floor is taken at the n of the comparison, and line says where one of them differs."""
-    net, x = fid.Classifier(1, 32, (10,)), load("digits", 32)[0][:900]
+    net = fid.Classifier(1, 32, (10,))
+    x = load("digits", 32)[0][:900]
     r = fid.against(net, x, x[:450], "digits")
     assert "n = 450, real-vs-real floor" in fid.line(r) and r["floor_n"] == 450
     assert fid.scores(net, x, 255 - x[:200])["fid"] > 5 * max(r["fid"], r["floor"])
@@ -883,7 +892,8 @@ def textbook_cyclegan(cfg, batches):
 
 def test_cyclegan_step_is_the_game(tmp_path):
     """D's step, then G's on the same fakes: as in the exercises."""
-    cfg, styles = cyclegan.config(steps=1, batch=4, amp=0, lambda_gan=10.), faces()
+    cfg = cyclegan.config(steps=1, batch=4, amp=0, lambda_gan=10.)
+    styles = faces()
     *_, log = cyclegan.train(cfg, *styles, tmp_path, CPU)
     batches = drawn(cfg, *[style.train for style in styles])
     loss_D, loss_G, G = next(textbook_cyclegan(cfg, batches))
@@ -946,13 +956,15 @@ def test_biggan_loads_and_draws_the_golden_pictures():
     """From a file with the published names; a wrong key is named."""
     g = golden("biggan")
     import recipe
-    config, key = biggan_interp.Config(channel_width=8), "generator.layers.3.conv_1.weight_v"
+    config = biggan_interp.Config(channel_width=8)
+    key = "generator.layers.3.conv_1.weight_v"
     shapes = {key: w.shape for key, w in biggan_interp.Generator(config).state_dict().items()}
     state = {key: torch.from_numpy(w) for key, w in recipe.state(shapes, g["seed"]).items()}
     torch.save(state, "weights.bin")
     G = biggan_interp.load_published("weights.bin", config)
     z = np.random.RandomState(g["seed"] + 1).standard_normal((3, 128)).clip(-2, 2)
-    z, y = torch.from_numpy(z).float(), torch.tensor(g["classes"])
+    z = torch.from_numpy(z).float()
+    y = torch.tensor(g["classes"])
     for case in g["cases"]:
         values = G(case["truncation"] * z, y, case["truncation"]).flatten()[case["at"]]
         assert_close(values, torch.tensor(case["values"]), atol=1e-4, rtol=0)
@@ -978,7 +990,8 @@ def test_biggan_noise_has_the_truncated_law():
 def test_biggan_tsne_is_its_equations_and_as_good_as_the_exact_method():
     data.keep_memory()                                      # three times as fast
     r = np.random.RandomState(0)
-    centres, which = r.randn(20, 128) * 1.5, r.randint(0, 20, 1000)
+    centres = r.randn(20, 128) * 1.5
+    which = r.randint(0, 20, 1000)
     x = torch.from_numpy(centres[which] + r.randn(1000, 128))       # 20 Gaussians
     P = biggan_interp.affinities(x, 30)
     assert biggan_interp.kl(P, biggan_interp.tsne(x, 30, seed=0)) <= .349   # scikit-learn: .333
@@ -986,7 +999,8 @@ def test_biggan_tsne_is_its_equations_and_as_good_as_the_exact_method():
     assert (torch.special.entr(p).sum(1).exp() - 30).abs().max() < 1e-3
     y = torch.randn(1000, 2).double().requires_grad_()
     i, j = torch.triu_indices(1000, 1000, 1)                # each pair once, so its p twice
-    p, w = 2 * P[i, j], 1 / (1 + F.pdist(y) ** 2)
+    p = 2 * P[i, j]
+    w = 1 / (1 + F.pdist(y) ** 2)
     C = (p * (p * w.sum() / w).log()).sum()
     (gradient,) = torch.autograd.grad(C, y)
     assert_close(biggan_interp.kl(P, y.detach()), C.detach())
@@ -1007,7 +1021,9 @@ def test_biggan_walks_end_at_the_classes():
 def test_biggan_losses_and_projection_are_their_equations():
     real, fake = torch.tensor([[2., .5], [-2., 3.]])
     assert (biggan_interp.d_hinge(real, fake), biggan_interp.g_hinge(fake)) == (2.25, -.5)
-    D, x, y = biggan_interp.ProjectionD(132), torch.randn(2, 3, 32, 32), torch.tensor([3, 100])
+    D = biggan_interp.ProjectionD(132)
+    x = torch.randn(2, 3, 32, 32)
+    y = torch.tensor([3, 100])
     difference = ((D.v.weight[y] - D.v.weight[y + 1]) * D.phi(x)).sum(1)
     assert_close(D(x, y) - D(x, y + 1), difference, atol=1e-5, rtol=0)
     r1 = biggan_interp.conditional_r1(D, x, y)
@@ -1103,7 +1119,9 @@ ROWS = {  # config, steps
 def bench_one(row, side):
     """Prints the pictures a second of one side of one row, the second half of its steps."""
     cfg, steps = ROWS[row]
-    cfg.steps, cfg.log_every, cfg.sample_every = 2 * steps, steps, 10 ** 9
+    cfg.steps = 2 * steps
+    cfg.log_every = steps
+    cfg.sample_every = 10 ** 9
     if row == "CycleGAN":
         x = images(4096, 3)
         style = cyclegan.Style("a", x, x[:100], None)
@@ -1145,10 +1163,13 @@ def bench(rounds=5):
             words = [sys.executable, __file__, "bench", row, side]
             found.append(float(subprocess.check_output(words, text=True).split()[-1]))
         show(f"{row}, images/s", found[::2], found[1::2])
-    x, net, ours = images(32, 3), fid.Inception(), fid.Inception()
+    x = images(32, 3)
+    net = fid.Inception()
+    ours = fid.Inception()
     ours.load_published(net.state_dict())
     show("Inception, images/s", rates(32, net.features, x), rates(32, ours.features, x))
-    mu, s1 = torch.zeros(2048), torch.randn(10_000, 2048).double().T.cov()
+    mu = torch.zeros(2048)
+    s1 = torch.randn(10_000, 2048).double().T.cov()
     s2 = s1 + .1 * s1 @ s1
     with contextlib.suppress(ImportError):
         import scipy.linalg
