@@ -49,9 +49,9 @@ biggan: $(VENV)  ## 5 min: BigGAN: map of its classes, walks between them (a sma
 	$(PYTHON) biggan_interp.py $(FLAGS)
 
 # A sweep: a run for each word, where a=1+b=2 stands for --a=1 --b=2, and all on one sheet. One that
-# blows up (exit code 2) is a row of it.
+# blows up is a row of it; any other error ends the sweep.
 define sweep
-$(foreach p,$(2),$(PYTHON) $(1) $(FLAGS) --$(subst +, --,$(p)) --out out/$@/$(p) || test $$? = 2
+$(foreach p,$(2),$(PYTHON) $(1) $(FLAGS) --$(subst +, --,$(p)) --out out/$@/$(p) || grep -q "blew up" out/$@/$(p)/result.json
 )
 $(PYTHON) data.py compare out/$@/* --out out/$@-all
 endef
@@ -85,12 +85,13 @@ figures: $(VENV)  ## the README's pictures, once the runs that it names are ther
 	mkdir -p out/evolution
 	cp out/emoji/001000.png out/emoji/010000.png out/emoji/020000.png out/evolution
 	$(PYTHON) data.py show out/evolution out/evolution.png --size 528
-	$(PYTHON) data.py compare $(addprefix out/,dcgan-course dcgan emoji emoji-modern1) --out out/hero
+	$(PYTHON) data.py compare $(addprefix out/,dcgan-course dcgan emoji emoji-modern1 anime anime-modern1) --out out/hero
 	$(PYTHON) data.py compare out/sick/* --out out/sick-all
 	$(PYTHON) -c "from PIL import Image; i = Image.open('out/sick-all-curves.png'); \
 	  i.crop((0, i.height - 710, *i.size)).save('figures/sick.png')"
 	$(PYTHON) data.py compare out/cyclegan-datafaces* --out out/colours
-	for f in dcgan/curves=curves.png seeds-all=cyclegan.png unit/translations=unit.png biggan/tsne=tsne.png \
+	$(PYTHON) data.py compare out/unit out/unit-datadistant --out out/units
+	for f in dcgan/curves=curves.png seeds-all=cyclegan.png units=unit.png biggan/tsne=tsne.png \
 	  biggan/interpolation=walks.png hero=hero.png evolution=evolution.jpg colours=colours.jpg \
 	  text2img-modern1/conditions=text2img.jpg; do $(PYTHON) -c "from PIL import Image; \
 	  Image.open('out/$${f%=*}.png').save('figures/$${f#*=}', quality=90)"; done
