@@ -651,10 +651,9 @@ def scatter(path, xy, groups, group_names, labels, links, title, colours):
         draw.line((*points[i], *points[j]), "black", 2)
     for (x, y), group in zip(points, groups):
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), colours[int(group)], (60, 60, 60))
-    for i, word in labels.items():
-        place = tuple(points[i] + [7, -8])
-        draw.rectangle(draw.textbbox(place, word, font(), "lm"), "white")
-        write(draw, place, word)
+    for k, (i, word) in enumerate(labels.items()):      # above its point and below by turns
+        x, y = points[i]
+        write(draw, (x + 7, y - 8 + 16 * (k % 2)), word)
     return save(page, path)
 
 
