@@ -342,7 +342,7 @@ def textbook_gan(cfg, batches):
 
 @parametrize("changes", [
     {}, dict(fresh=1, gp=9.),
-    dict(modern=1, augment=0, penalty_every=2, r2=9., init="default")])
+    dict(modern=1, penalty_every=2, r2=9., init="default")])
 def test_mistake_5_no_detach_and_the_order_of_the_game(changes, tmp_path):
     """Two steps equal a reference: D's step leaves G alone, G plays the same fakes against the D
     just improved."""
