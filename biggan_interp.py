@@ -146,14 +146,17 @@ class BatchNorm(nn.Module):
     def forward(self, x, truncation, cond=None):
         if self.training:
             row = round(truncation * self.last)
-            mean, var = self.running_means[row], self.running_vars[row]
+            mean = self.running_means[row]
+            var = self.running_vars[row]
         else:
             mean, var = self.statistics(truncation)
         x = F.batch_norm(x.float(), mean, var, training=self.training, momentum=1., eps=1e-4)
         if cond is None:
-            gain, offset = self.weight[None], self.bias[None]           # (1, C)
+            gain = self.weight[None]           # (1, C)
+            offset = self.bias[None]           # (1, C)
         else:
-            gain, offset = 1 + self.scale(cond), self.offset(cond)      # (N, C)
+            gain = 1 + self.scale(cond)      # (N, C)
+            offset = self.offset(cond)      # (N, C)
         return torch.addcmul(offset[:, :, None, None], x, gain[:, :, None, None])
 
 
@@ -551,7 +554,9 @@ def evaluate(cfg, G, names, scores, log, out, device):
     if not scores:
         kinds = COURSE_PAIRS | kinds
     z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
-    rows, left, result = [], [], {}
+    rows = []
+    left = []
+    result = {}
     for kind, pairs in kinds.items():
         walks = [walk(G, i, j, z, cfg.truncation) for i, j in pairs]
         rows += walks

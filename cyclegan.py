@@ -262,7 +262,8 @@ class UNIT(nn.Module):
         super().__init__()
         self.encoder = nn.ModuleDict({"a": unit_encoder(), "b": unit_encoder()})
         self.decoder = nn.ModuleDict({"a": unit_decoder(), "b": unit_decoder()})
-        self.into, self.outof = ResBlock(64), ResBlock(64)
+        self.into = ResBlock(64)
+        self.outof = ResBlock(64)
 
     def encode(self, x, style):
         """Pictures (N, 3, S, S) in [-1, 1] -> mean mu (N, 64, S/4, S/4) of the latent N(mu, I)."""

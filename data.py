@@ -321,7 +321,8 @@ def anime_set(size, split):
     """Tagged anime faces (course data, placed by hand); those without a tag are left out, every
     tenth is the test split."""
     def build():
-        tags, files = {}, {}
+        tags = {}
+        files = {}
         for name, raw in members("anime"):
             if name.endswith("tags.csv"):
                 line = r"^(\d+), *(\w+ hair \w+ eyes)\s*$"
@@ -851,14 +852,14 @@ def restore(parts, path, cfg, free, device):
         need(name in free or was == value,
              f"{path} was trained with --{name.replace('_', '-')} {was}, not {value}; give that "
              "flag, another --out, or --resume 0 to begin anew")
+    need(not trained.get("decay") or state["step"] >= cfg.steps or cfg.steps == trained["steps"],
+         f"in {path} the learning rate has fallen as for --steps {trained['steps']}: give that "
+         "length, another --out, or --resume 0 to begin anew")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as e:
         raise UserError(f"{path} is no checkpoint of this model ({str(e).splitlines()[0]})") from e
-    need(not trained.get("decay") or state["step"] >= cfg.steps or cfg.steps == trained["steps"],
-         f"in {path} the learning rate has fallen as for --steps {trained['steps']}: give that "
-         "length, another --out, or --resume 0 to begin anew")
     print(f"resumed  {path} after {state['step']} steps")
     return state["step"]
 
@@ -869,7 +870,9 @@ class Log:
     rows: a dict a logged step; seconds: how long the run has taken."""
 
     def __init__(self, out, total, start=0):
-        self.path, self.total, self.last = out / "log.csv", total, start
+        self.path = out / "log.csv"
+        self.total = total
+        self.last = start
         self.rows = []
         if start and self.path.exists():
             names, *lines = [line.split(",") for line in self.path.read_text().splitlines()]

@@ -189,7 +189,9 @@ class Classifier(nn.Module):
 
     def __init__(self, channels, size, heads):
         super().__init__()
-        self.channels, self.size, self.heads = channels, size, heads
+        self.channels = channels
+        self.size = size
+        self.heads = heads
         self.body = nn.Sequential(
             conv_block(channels, 32, 5, 2, 2),                              # 32 -> 16
             nn.MaxPool2d(max(1, size // 32)),
@@ -417,7 +419,8 @@ class Mixed(nn.ModuleDict):
             self.channels += c
 
     def forward(self, x):
-        out, done = [], {}
+        out = []
+        done = {}
         for branch in self.branches:
             h = x
             for layer in branch:
@@ -589,7 +592,8 @@ def sanity(net, images, labels, n):
     """Prints a Markdown table: n real pictures, spoiled, against n others."""
     if labels is None:
         labels = torch.zeros(len(images))
-    images, labels = shuffled(images), shuffled(labels)
+    images = shuffled(images)
+    labels = shuffled(labels)
     real = net.features(images[:n])
     print("| pictures | n | FID | KID | precision | recall | accuracy |\n"
           "|---|---|---|---|---|---|---|")

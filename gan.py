@@ -512,7 +512,8 @@ class Rescale(nn.Module):
 
     def __init__(self, scale, shift):
         super().__init__()
-        self.scale, self.shift = scale, shift
+        self.scale = scale
+        self.shift = shift
 
     def forward(self, x):
         return self.scale * x + self.shift
@@ -761,11 +762,13 @@ def condition_grid(G, z, heads, classes, path):
     if classes == FACES:
         y = y.view(12, 11)
         z = z[:1].expand(11, -1)
-        left, top = HAIR, EYES
+        left = HAIR
+        top = EYES
     else:
         y = y[:, None].expand(-1, 10)                   # (K, 10)
         z = z[:10]
-        left, top = classes, ()
+        left = classes
+        top = ()
     rows = [sample(G, z, condition(asked, heads)) for asked in y]
     data.sheet(rows, path, left, top)
 
@@ -881,7 +884,8 @@ def main(argv=None):
     need(not cfg.prompt or len(cfg.heads) == 2, "--prompt belongs to text2img on faces")
     if labels is None:
         labels = torch.zeros(len(images)).long()
-    images, labels = images.to(device), labels.to(device)
+    images = images.to(device)
+    labels = labels.to(device)
     try:
         G, D, log = train(cfg, images, labels, out, device)
     except data.BlewUp as e:                            # an end of a run that compare shows

@@ -68,7 +68,8 @@ def golden(name):
 def downloads(tmp_path_factory):
     """One folder with small drawn sets and classifiers of few steps, so that no test waits."""
     folder = tmp_path_factory.mktemp("downloads")
-    digits, faces = data.draw_digits, data.draw_faces
+    digits = data.draw_digits
+    faces = data.draw_faces
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "DOWNLOADS", folder)
         patch.setattr(data, "draw_digits", lambda n, *rest: digits(n // 10, *rest))
@@ -96,7 +97,8 @@ def run(line, code=0):
     """A command, "gan.py dcgan --h 4", in this process; its exit code must be `code`; at 2 it says
     one line. Returns all that it says."""
     script, *words = shlex.split(line)
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     found = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -178,7 +180,7 @@ def test_presets_make_pictures_and_logits(preset):
         x = G(torch.cat([torch.randn(2, cfg.z), c], 1))
         assert x.shape == (2, cfg.channels, side, side)
         assert gan.judge(D, c, cfg, x).shape == (2, 1 + c.shape[1] * (cfg.cond == "ac"))
-    assert "BatchNorm" not in str(D)
+    assert "BatchNorm" not in str(D) and cfg.augment == (cfg.channels == 3)
 
 
 def test_surgery():
@@ -209,7 +211,9 @@ def losses(real, fake):
 def test_losses_are_their_equations():
     """Against sigmoid and logarithm, squares and means."""
     real, fake = torch.randn(2, 64, dtype=torch.double)
-    p, q, pair = real.sigmoid(), fake.sigmoid(), (real - fake).sigmoid()
+    p = real.sigmoid()
+    q = fake.sigmoid()
+    pair = (real - fake).sigmoid()
     assert_close(losses(real, fake), [
         -p.log().mean() - (1 - q).log().mean(), -q.log().mean(), (1 - q).log().mean(),
         ((real - 1) @ (real - 1) + fake @ fake) / 128, (fake - 1) @ (fake - 1) / 64,
@@ -348,7 +352,8 @@ def test_mistake_5_no_detach_and_the_order_of_the_game(changes, tmp_path):
     just improved."""
     cfg = small(**changes)
     x_all = images()
-    nets = gan.train(cfg, x_all, torch.zeros(40).long(), tmp_path, CPU)[:2]
+    *nets, log = gan.train(cfg, x_all, torch.zeros(40).long(), tmp_path, CPU)
+    assert log.rows[0]["D"] < 2                             # without the penalty
     *_, by_hand = textbook_gan(cfg, drawn(cfg, x_all))
     inputs = torch.randn(8, cfg.z), torch.randn(8, 1, 32, 32)
     for net, reference, at in zip(nets, by_hand, inputs):
@@ -367,8 +372,10 @@ def test_mistake_6_samples_in_training_mode():
 def test_mistake_7_real_and_fake_in_one_batch(tmp_path, monkeypatch):
     """Batch norm of D in one pass over both would mix their statistics: D has a pass for the real,
     the fake, and G's step. It learns classes from the real, G from its own."""
-    passes, named = [], []
-    judge, ac_loss = gan.judge, gan.ac_loss
+    passes = []
+    named = []
+    judge = gan.judge
+    ac_loss = gan.ac_loss
     monkeypatch.setattr(gan, "judge", lambda *a: passes.append(judge(*a)) or passes[-1])
     monkeypatch.setattr(gan, "ac_loss", lambda *a: named.append(a[0]) or ac_loss(*a))
     cfg = small("text2img", steps=1)
@@ -508,6 +515,7 @@ def test_a_run_writes_what_it_promises():
     ("gan.py dcgan --data digits --device cuda:9", "use --device cpu"),
     ("gan.py dcgan --data digits --out empty", "no readable checkpoint"),
     ("gan.py dcgan --data digits --out wide", "--h 8, not 16"),
+    ("gan.py dcgan --data digits --out wide --h 8 --steps 9", "fallen as for --steps 5000"),
     ("data.py compare nowhere", "no finished run"),
     ("cyclegan.py --a x", "--b"),
     ("cyclegan.py --model unit --identity 1", "UNIT has"),
@@ -661,7 +669,8 @@ def test_real_sets(monkeypatch):
     for name, n in ("mnist", 60_000), ("fashion", 60_000), ("emoji-apple", 2270):
         assert len(load(name, 32)[0]) == n
     assert len(load("anime", 64, "test")[0]) == 888
-    padded, plain = load("mnist", 32, "test")[0], load("mnist", 28, "test")[0]
+    padded = load("mnist", 32, "test")[0]
+    plain = load("mnist", 28, "test")[0]
     assert torch.equal(padded[..., 2:-2, 2:-2], plain)
 
 
@@ -693,7 +702,8 @@ def feats(seed, n, d, shift):
 def test_fid_golden(case):
     """Numbers of independent implementations; in the last case the covariances are singular."""
     c = golden("metrics")["cases"][case]
-    real, fake = feats(11, c["n_real"], c["d"], 0), feats(12, c["n_fake"], c["d"], .02)
+    real = feats(11, c["n_real"], c["d"], 0)
+    fake = feats(12, c["n_fake"], c["d"], .02)
     gaussians = real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T)
     textbook = fid.fid_textbook(torch.from_numpy(real), torch.from_numpy(fake))
     assert fid.fid(real, fake) == approx(c["fid"], rel=1e-9)
@@ -718,7 +728,8 @@ def test_fid_root_and_textbook(n):
 
 def test_fid_inception_golden():
     """Names, count and features of the published network, read without num_batches_tracked."""
-    g, keys = golden("inception"), golden("inception_keys")
+    g = golden("inception")
+    keys = golden("inception_keys")
     import recipe
     net = fid.Inception()
     assert {name: list(t.shape) for name, t in net.state_dict().items()} == keys
@@ -756,7 +767,8 @@ def test_fid_classifier_learns_and_is_kept(monkeypatch, capsys):
     monkeypatch.setattr(data, "DOWNLOADS", Path())
     monkeypatch.setattr(fid, "STEPS", 100)
     before = torch.get_rng_state()
-    net, again = fid.classifier("digits", 32), fid.classifier("digits", 32)
+    net = fid.classifier("digits", 32)
+    again = fid.classifier("digits", 32)
     assert torch.equal(before, torch.get_rng_state())
     assert capsys.readouterr().out.count("training") == 1
     x, y, _ = load("digits", 32, "test")
