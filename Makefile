@@ -38,13 +38,10 @@ modes interp: $(VENV)
 fid: $(VENV)  ## 3 min: FID of the dcgan (trained first where there is none)
 	$(PYTHON) gan.py dcgan --dump 10000
 	$(PYTHON) fid.py out/dcgan $(ARGS)
-
 cyclegan: $(VENV)  ## 6 min: Apple to Windows emojis and back without pairs (drawn faces without network)
 	$(PYTHON) cyclegan.py $(FLAGS)
-
 unit: $(VENV)  ## 12 min: UNIT, the same with one latent space
 	$(PYTHON) cyclegan.py --model unit $(FLAGS)
-
 biggan: $(VENV)  ## 5 min: BigGAN: map of its classes, walks between them (a small one is trained where the weights can't be had)
 	$(PYTHON) biggan_interp.py $(FLAGS)
 
@@ -58,48 +55,39 @@ endef
 
 sweep-latent: $(VENV)  ## 25 min: z and h in {16, 100}: four DCGANs at the course's learning rate
 	$(call sweep,gan.py dcgan --lr 2e-4 --decay 0 --ema 0,z=16+h=16 z=16+h=100 z=100+h=16 z=100+h=100)
-
 sweep-stability: $(VENV)  ## 55 min: what stops mode collapse? modes of 132 on drawn faces
 	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1)
-
 sweep-modern: $(VENV)  ## 25 min: what of the modern bundle matters? one part taken out at a time
 	$(call sweep,gan.py emoji --data faces-a --modern 1 --steps 3000,modern=1 loss=bce r1=0 r2=0 bn=both ema=0 augment=0)
-
 tips: $(VENV)  ## 45 min: each training tip against its opposite, 64 x 64
 	$(call sweep,gan.py anime --steps 1000,bn=both raw=1 raw=1+bn=none act=relu act=selu act=leaky bn=G bn=D \
 	  g-opt=sgd+d-opt=sgd+lr=2e-3 g-opt=rmsprop+d-opt=rmsprop+lr=5e-4 d-opt=sgd+d-lr=2e-3)
-
 sweep-lambda: $(VENV)  ## 25 min: nine weights of the cycle loss
 	$(call sweep,cyclegan.py --steps 3000,$(addprefix lambda-cycle=,0 0.005 0.010 0.015 0.025 0.05 0.1 0.5 1))
-
 seeds: $(VENV)  ## 10 min: CycleGAN from two seeds: shapes stay, colours change
 	$(call sweep,cyclegan.py,seed=11 seed=1234)
 
 bench: $(VENV)  ## 10 min: the textbook loop against ours, in turns, in one run
 	$(PYTHON) test_all.py bench
-
 results: $(VENV)  ## table, samples and curves of all finished runs: out/results.md, .png, -curves.png
 	$(PYTHON) data.py compare $(patsubst %/result.json,%,$(wildcard out/*/result.json)) --out out/results
 
+compare = $(PYTHON) data.py compare $(addprefix out/,$(2)) --out out/$(1)
 figures: $(VENV)  ## the README's pictures, once the runs that it names are there
-	mkdir -p out/evolution
-	cp out/emoji/001000.png out/emoji/010000.png out/emoji/020000.png out/evolution
+	mkdir -p out/evolution && cp out/emoji/{001000,010000,020000}.png out/evolution
 	$(PYTHON) data.py show out/evolution out/evolution.png --size 528
-	$(PYTHON) data.py compare $(addprefix out/,dcgan-course dcgan emoji emoji-modern1 anime anime-modern1) --out out/hero
-	$(PYTHON) data.py compare out/sick/* --out out/sick-all
-	$(PYTHON) -c "from PIL import Image; i = Image.open('out/sick-all-curves.png'); \
-	  i.crop((0, i.height - 710, *i.size)).save('figures/sick.png')"
-	$(PYTHON) data.py compare out/cyclegan-datafaces* --out out/colours
-	$(PYTHON) data.py compare out/unit out/unit-datadistant --out out/units
-	for f in dcgan/curves=curves.png seeds-all=cyclegan.png units=unit.png biggan/tsne=tsne.png \
-	  biggan/interpolation=walks.png hero=hero.png evolution=evolution.jpg colours=colours.jpg \
-	  text2img-modern1/conditions=text2img.jpg; do $(PYTHON) -c "from PIL import Image; \
-	  Image.open('out/$${f%=*}.png').save('figures/$${f#*=}', quality=90)"; done
+	$(call compare,hero,dcgan-course dcgan emoji emoji-modern1 anime anime-modern1)
+	$(call compare,sick-all,sick/collapse sick/oscillation sick/vanishing)
+	$(call compare,colours,cyclegan-datafaces cyclegan-datafaces-identity0.5)
+	$(call compare,units,unit unit-datadistant)
+	$(PYTHON) -c "from PIL import Image as I; i = I.open('out/sick-all-curves.png'); i.crop((0, i.height - 710, *i.size)).save('out/sick.png')"
+	for f in dcgan/curves=curves.png sick=sick.png seeds-all=cyclegan.png units=unit.png biggan/tsne=tsne.png hero=hero.png \
+	  biggan/interpolation=walks.png evolution=evolution.jpg colours=colours.jpg text2img-modern1/conditions=text2img.jpg; do \
+	  $(PYTHON) -c "from PIL import Image as I; I.open('out/$${f%=*}.png').save('figures/$${f#*=}', quality=90)"; done
 
 OTHERS = fid or cyclegan or biggan or two_ranks or killed
 test: $(VENV)  ## 3 min: everything that is promised, tested, in two halves side by side
 	export OMP_NUM_THREADS=1; $(PYTHON) -m pytest -q test_all.py -k "not ($(OTHERS))" & half=$$!; \
 	$(PYTHON) -m pytest -q test_all.py -k "$(OTHERS)" || bad=1; wait $$half && test -z "$$bad"
-
 clean:  ## remove .venv and caches; downloads/ and out/ stay
 	rm -rf .venv __pycache__ .pytest_cache
