@@ -74,8 +74,8 @@ results: $(VENV)  ## table, samples and curves of all finished runs: out/results
 
 compare = $(PYTHON) data.py compare $(addprefix out/,$(2)) --out out/$(1)
 figures: $(VENV)  ## the README's pictures, once the runs that it names are there
-	mkdir -p out/evolution && cp out/emoji/{001000,010000,020000}.png out/evolution
-	$(PYTHON) data.py show out/evolution out/evolution.png --size 528
+	$(PYTHON) -c "import data; x = data.read_all(['out/emoji%s.png' % n for n in ('/001000', '/010000', '/020000', '-modern1/020000')], 528); \
+	  data.sheet([i[None, :, :198] for i in x], 'out/evolution.png', ['1,000 steps', '10,000 steps', '20,000 steps', '20,000, MODERN=1'])"
 	$(call compare,hero,dcgan-course dcgan emoji emoji-modern1 anime anime-modern1)
 	$(call compare,sick-all,sick/collapse sick/oscillation sick/vanishing)
 	$(call compare,colours,cyclegan-datafaces cyclegan-datafaces-identity0.5)

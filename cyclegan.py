@@ -21,7 +21,7 @@ The faces' score is the L1 to the true answer; it is worth something only below 
 nothing, of the best constant picture and of the best map of colours: all three are printed. Emojis
 have no true answer: their FID should be below that of the same three. Measured, one thread of an
 AMD EPYC (Zen 5), torch 2.13, 5,000 steps, seed 11, both ways:
-    python cyclegan.py                            FID 10.6, 5.6; the best map of colours 49, 46
+    python cyclegan.py                            FID 10.6, 5.5; the best map of colours 49, 46
     python cyclegan.py --data faces               L1 .208, .169; the best constant .160, .107
     python cyclegan.py --data faces --identity .5    .082, .052; hair kept: 99%, 100%
 Read on in the order of the lecture: config, networks, UNIT, losses, terms, the game, scores.

@@ -1123,7 +1123,7 @@ def batches(batch, *sets):
 ROWS = {  # config, steps
     "A (16,16)": (gan.config("dcgan"), 300),
     "A (100,100)": (gan.config("dcgan", z=100, h=100), 20),
-    "E 64 x 64": (gan.config("anime"), 8),
+    "D 64 x 64": (gan.config("anime"), 8),
     "CycleGAN": (cyclegan.CycleConfig(), 15),
 }
 
