@@ -36,7 +36,7 @@ modes interp: $(VENV)
 	$(call GAN,dcgan)
 
 fid: $(VENV)  ## 3 min: FID of the dcgan (trained first where there is none)
-	$(PYTHON) gan.py dcgan --dump 10000
+	$(PYTHON) gan.py dcgan $(if $(STEPS),--steps $(STEPS)) --dump 10000
 	$(PYTHON) fid.py out/dcgan $(ARGS)
 cyclegan: $(VENV)  ## 6 min: Apple to Windows emojis and back without pairs (drawn faces without network)
 	$(PYTHON) cyclegan.py $(FLAGS)
@@ -59,12 +59,12 @@ sweep-stability: $(VENV)  ## 55 min: what stops mode collapse? modes of 132 on d
 	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1)
 sweep-modern: $(VENV)  ## 25 min: what of the modern bundle matters? one part taken out at a time
 	$(call sweep,gan.py emoji --data faces-a --modern 1 --steps 3000,modern=1 loss=bce r1=0 r2=0 bn=both ema=0 augment=0)
-tips: $(VENV)  ## 45 min: each training tip against its opposite, 64 x 64
-	$(call sweep,gan.py anime --steps 1000,bn=both raw=1 raw=1+bn=none act=relu act=selu act=leaky bn=G bn=D \
+tips: $(VENV)  ## 40 min: each training tip against its opposite, 64 x 64
+	$(call sweep,gan.py anime --steps 1000,bn=both raw=1 raw=1+bn=none act=relu act=selu bn=G bn=D \
 	  g-opt=sgd+d-opt=sgd+lr=2e-3 g-opt=rmsprop+d-opt=rmsprop+lr=5e-4 d-opt=sgd+d-lr=2e-3)
-sweep-lambda: $(VENV)  ## 25 min: nine weights of the cycle loss
+sweep-lambda: $(VENV)  ## 30 min: nine weights of the cycle loss
 	$(call sweep,cyclegan.py --steps 3000,$(addprefix lambda-cycle=,0 0.005 0.010 0.015 0.025 0.05 0.1 0.5 1))
-seeds: $(VENV)  ## 10 min: CycleGAN from two seeds: shapes stay, colours change
+seeds: $(VENV)  ## 12 min: CycleGAN from two seeds: shapes stay, colours change
 	$(call sweep,cyclegan.py,seed=11 seed=1234)
 
 bench: $(VENV)  ## 10 min: the textbook loop against ours, in turns, in one run
@@ -91,3 +91,5 @@ test: $(VENV)  ## 3 min: everything that is promised, tested, in two halves side
 	$(PYTHON) -m pytest -q test_all.py -k "$(OTHERS)" || bad=1; wait $$half && test -z "$$bad"
 clean:  ## remove .venv and caches; downloads/ and out/ stay
 	rm -rf .venv __pycache__ .pytest_cache
+clean-runs:  ## remove all runs: out/
+	rm -rf out

@@ -58,15 +58,6 @@ class Unavailable(UserError):
     """A file that is not on disk and cannot be downloaded."""
 
 
-class BlewUp(UserError):
-    """A number of the training is not finite; `step` says when."""
-
-    def __init__(self, step):
-        super().__init__(f"blew up: a loss, gradient or weight is not finite at step {step}; the "
-                         "last good checkpoint, if any, stays: try a lower learning rate")
-        self.step = step
-
-
 def need(ok, why):
     """UserError, one line that says what to do, unless ok."""
     if not ok:
@@ -198,6 +189,7 @@ def read_picture(source, channels=3):
         with Image.open(file) as im:
             need(im.width * im.height <= MAX_PIXELS,
                  f"{im.width} x {im.height} are over {MAX_PIXELS:,} pixels")
+            need(not im.mode.startswith("I"), "16 bits a pixel: convert it to 8")
             im = ImageOps.exif_transpose(im)        # a phone lays its pictures on the side
             if im.has_transparency_data:
                 im = im.convert("RGBA")
@@ -211,7 +203,7 @@ def read_picture(source, channels=3):
 def pictures(folder):
     """All picture files under a folder, sorted; UserError when there is none."""
     folder = Path(folder)
-    need(folder.is_dir(), f"no data set or folder named {folder}; sets: {', '.join(SETS)}")
+    need(folder.is_dir(), f"no data set, folder or picture {folder}; sets: {', '.join(SETS)}")
     kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
     need(found, f"{folder} holds no picture ({' '.join(kinds)})")
@@ -480,11 +472,12 @@ def choose(names, size, split="train"):
     """(name, images, labels, classes) of the first set of "mnist,digits" that can be had; the line
     it prints says which one and why."""
     missing = ""
-    for name in names.split(","):
+    names = names.split(",")
+    for name in names:
         try:
             images, labels, classes = load(name, size, split)
         except Unavailable as e:
-            if name == names.split(",")[-1]:
+            if name == names[-1]:
                 raise
             missing += f"  (no {name}: {str(e).split(';')[0]})"
             continue
@@ -590,7 +583,7 @@ def ticks(low, high):
 def panel(draw, top, title, lines):
     """One chart at this height of a page 830 pixels wide: lines {name: (xs, ys)}. The vertical axis
     covers the 1st to the 99th percentile."""
-    xs, ys = np.concatenate([*lines.values()], 1)
+    xs, ys = np.concatenate([*lines.values()], 1)                       # (2, all points)
     y_low, y_high = np.percentile(ys, [1, 99])
     edge = .06 * (y_high - y_low) + .01 * abs(y_high) + 1e-6
     low = np.array([xs.min(), y_low - edge])
@@ -743,7 +736,7 @@ def arguments(Config, argv=None, presets=(), hide=(), positional=""):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
                             help=f"{words} (default {f.default!r})", default=argparse.SUPPRESS,
                             choices=typing.get_args(f.type) or None)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_intermixed_args(argv))
     preset = given.pop("preset", "")
     return preset, given
 
@@ -781,8 +774,7 @@ def versions():
     """What a result depends on besides the seed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                pillow=PIL.__version__, machine=platform.machine(), gpu=gpu,
-                threads=torch.get_num_threads())
+                pillow=PIL.__version__, gpu=gpu, threads=torch.get_num_threads())
 
 
 # ---- runs: folder, checkpoints, log --------------------------------------------------------------
@@ -792,7 +784,7 @@ def run_folder(name, cfg, changes, free):
     for field, value in vars(cfg).items():
         if field in changes and field not in free:
             name += f"-{field}{value}"
-    out = Path(cfg.out or "out/" + re.sub("[/, ]", "+", name))
+    out = Path(cfg.out or "out/" + re.sub(r"[/\\:, ]", "+", name))
     v = versions()
     print(f"run      {out}  seed {cfg.seed}  {device(cfg.device)}  {v['threads']} threads  "
           f"torch {v['torch']}", flush=True)
@@ -801,26 +793,31 @@ def run_folder(name, cfg, changes, free):
 
 def kept(cfg, out):
     """The data sets to choose from: the one that the run in this folder began with, if it is one of
-    cfg.data, even where a better one has appeared since; else cfg.data."""
+    cfg.data, even where a better one has appeared since (--resume 0 takes that); else cfg.data."""
     path = out / "last.pt"
-    names = cfg.data.split(",")
     if not (cfg.resume and path.is_file()):
         return cfg.data
     began = load_checkpoint(path).get("config", {}).get("data")
-    if began not in names:
+    if began not in cfg.data.split(","):
         return cfg.data                         # restore() will say that it is another
-    if began != names[0]:
-        print(f"data     {began}, with which this run began; --resume 0 or --out begins another")
     return began
 
 
+def blew_up(out, step):
+    """Ends a run in which a number is not finite; result.json says so to compare."""
+    write_json(out / "result.json", dict(step=step, metrics={"blew up at": step},
+                                         headline=f"blew up at {step}"))
+    raise UserError(f"blew up: a loss, gradient or weight is not finite at step {step}; the last "
+                    "good checkpoint, if any, stays: try a lower learning rate")
+
+
 def save_checkpoint(path, parts, step, cfg):
-    """Networks and optimisers, step and config -> file, atomically; BlewUp if a weight is not
+    """Networks and optimisers, step and config -> file, atomically; blew_up if a weight is not
     finite, and the file stays."""
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             if not all(p.isfinite().all() for p in part.parameters()):
-                raise BlewUp(step)
+                blew_up(path.parent, step)
     state = {name: part.state_dict() for name, part in parts.items()}
     save_state(path, dict(state, step=step, config=vars(cfg)))
 
@@ -836,7 +833,10 @@ def load_checkpoint(path, device="cpu"):
 
 def restore(parts, path, cfg, free, device):
     """A checkpoint into networks and optimisers, in place; returns its step, 0 if there is none.
-    With --resume 0 the run before goes. UserError where a field that is not free has changed."""
+    --resume 0 deletes the earlier run first. UserError where a field that is not free has
+    changed, and where nothing is there to train or to resume."""
+    need(cfg.steps or cfg.resume and path.is_file(),
+         f"nothing trained yet: --steps 0 (or --prompt) needs {path}, and no --resume 0")
     old = list(path.parent.glob(".*.part"))             # what a killed run left half-written
     if not cfg.resume:
         old += [*sample_grids(path.parent), path.parent / "log.csv",
@@ -864,6 +864,11 @@ def restore(parts, path, cfg, free, device):
     return state["step"]
 
 
+def grad_norm(net):
+    """L2 norm of all gradients of a network as one vector."""
+    return torch.stack([p.grad.norm() for p in net.parameters()]).norm()
+
+
 class Log:
     """log.csv and the line on the screen. Opened at step `start`, it keeps the rows up to there.
 
@@ -879,7 +884,7 @@ class Log:
             rows = [dict(zip(names, map(float, line))) for line in lines]
             self.rows = [row for row in rows if row["step"] <= start]
         self.seconds = self.rows[-1]["seconds"] if self.rows else 0.
-        self.then = time.monotonic()
+        self.then = time.perf_counter()
 
     def table(self):
         """Name of a column -> its numbers."""
@@ -888,12 +893,12 @@ class Log:
 
     def write(self, step, batch, **numbers):
         """One row to log.csv, one aligned line to the screen. numbers: 0-d tensors, fetched from
-        the device in one go; batch: pictures a step. BlewUp unless all of them are finite."""
+        the device in one go; batch: pictures a step. blew_up unless all of them are finite."""
         values = torch.stack([v.detach().float() for v in numbers.values()])
         if not values.isfinite().all():
-            raise BlewUp(step)
+            blew_up(self.path.parent, step)
         numbers = dict(zip(numbers, values.tolist()))
-        took = time.monotonic() - self.then
+        took = time.perf_counter() - self.then
         steps = step - self.last
         left = int(took / steps * (self.total - step))
         self.then += took
@@ -914,15 +919,17 @@ def sample_grids(out):
     return sorted(out.glob("[0-9]" * 6 + ".png"))
 
 
-def finish(out, cfg, log, nets, metrics, panels, headline, **more):
+def finish(out, cfg, log, nets, metrics, panels, headline):
     """The end of every run: curves.png, training.gif, result.json; the headline comes last."""
     if log.rows:
         curves(out / "curves.png", log.table(), panels)
-        gif(out / "training.gif", sample_grids(out))
+    grids = sample_grids(out)
+    if grids:
+        gif(out / "training.gif", grids)
     write_json(out / "result.json", dict(
         command="python " + " ".join(sys.argv), config=vars(cfg), versions=versions(),
         parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
-        seconds=log.seconds, metrics=metrics, headline=headline, **more))
+        step=log.last, seconds=log.seconds, metrics=metrics, headline=headline))
     names = sorted(p.name for p in out.glob("[a-z]*"))
     print(f"wrote    {out}: {' '.join(names)}")
     print(headline)

@@ -50,7 +50,7 @@ class FIDConfig:
     """What is measured. A field is a flag and its comment the flag's help."""
     sources: tuple = ()     # real, generated: data set[:split], folder, run or .npy; or sanity
     features: Literal["auto", "inception", "classifier"] = "auto"   # auto: inception if it is there
-    data: str = ""          # data set whose classifier gives the features; empty: the real one
+    data: str = ""          # data set whose classifier gives the features; empty: of the real
     n: int = 0              # at most so many generated pictures; 0: all, 5000 for sanity
     device: str = "auto"    # auto, cuda, mps, cpu
     json: int = 0           # 1: the last line is one JSON object
@@ -242,8 +242,8 @@ class Classifier(nn.Module):
 def check_images(images, channels):
     """UserError unless images are uint8 (N, C, H, W), grey or with as many channels."""
     need(images.dtype == torch.uint8 and images.shape[1] in (1, channels),
-         f"pictures must be uint8 (N, 1 or {channels}, H, W), here {images.dtype} "
-         f"{tuple(images.shape)}")
+         f"pictures must be uint8 (N, C, H, W), grey or with {channels} channel(s), here "
+         f"{images.dtype} {tuple(images.shape)}")
 
 
 def pretext(x, i):
@@ -590,6 +590,7 @@ def spoiled(x, y):
 
 def sanity(net, images, labels, n):
     """Prints a Markdown table: n real pictures, spoiled, against n others."""
+    need(n >= 20, "sanity needs --n of 20 at least")
     if labels is None:
         labels = torch.zeros(len(images))
     images = shuffled(images)
@@ -684,11 +685,11 @@ def main(argv=None):
         return
     record = Path(*words, "result.json")
     if len(words) == 1 and record.is_file():
-        config = json.loads(record.read_text())["config"]
+        config = json.loads(record.read_text()).get("config", {})
         need("data" in config, f"{words[0]} has no samples: name a run of gan.py")
-        words.insert(0, config["data"])
-    need(len(words) == 2, f"{' '.join(words) or 'no word'} is no run with samples.npy: python "
-         "gan.py dcgan --dump 10000 writes that of out/dcgan; or name two sources, REAL GENERATED")
+        words.insert(0, config["data"] + ":all")            # as gan.py does
+    need(len(words) == 2, "name two sources, REAL GENERATED, or one run with samples.npy: python "
+         "gan.py dcgan --dump 10000 writes that of out/dcgan")
     if is_array(words[1]):
         size = array(words[1]).shape[-1]
     net = network(cfg, cfg.data or words[0].split(":")[0], size)

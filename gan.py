@@ -16,16 +16,17 @@ networks, losses, restraints on D, experiments, the game, what was drawn.
 Measured on MNIST and Apple's emojis, one thread of an AMD EPYC (Zen 5) beside other work, torch
 2.13; FID on features of fid.py's classifier, n = 10000 (emojis: against 2,370 real ones); floor,
 real against real, 0.055 (at 28 x 28 0.061) and 0.70 (emojis: at n = 1185):
-    python gan.py dcgan                                FID 1.06, 1.01, 1.14 (seeds 0, 1, 2)
+    python gan.py dcgan                                FID 1.06, 1.01, 1.14 (seeds 0, 1, 2); 4 min
     python gan.py dcgan --lr 2e-4 --decay 0 --ema 0    4.63: the course's own setting
-    python gan.py mlp                                  15.0, 14.4, 16.0 (seeds 0, 1, 2)
+    python gan.py mlp                                  15.0, 14.4, 16.0 (seeds 0, 1, 2); 1 min
     python gan.py speedrun                             0.32 after 98 s on two idle threads
-    python gan.py emoji --steps 20000                  20.8, recall 0: duplicates
-    python gan.py emoji --steps 20000 --modern 1       6.0, recall 0.59
+    python gan.py emoji --steps 20000                  20.8, recall 0: duplicates; 75 min
+    python gan.py emoji --steps 20000 --modern 1       6.0, recall 0.59; 95 min
     python gan.py mnist28                              13.8, and no 0 among 10,000 digits
-    python gan.py mnist28 --modern 1                   1.14, all ten; augmented too, 25.9
+    python gan.py mnist28 --modern 1                   1.14, all ten, 6 min; augmented 25.9
 Two processes equal one only where a picture's loss depends on no other picture and on no noise of
-its own (mlp --bn none): batch norm, --gp and --augment see or draw what their process has.
+its own (mlp --bn none): batch norm, --gp and --augment use the pictures and random numbers of
+their own process.
 """
 import copy
 import re
@@ -65,14 +66,14 @@ class GANConfig:
     act: Literal["", "relu", "leaky", "selu"] = ""  # this activation everywhere
     bn: Literal["both", "G", "D", "none"] = "both"  # networks that keep their batch norm
     sn: Literal["none", "D", "both"] = "none"       # networks with spectral norm
-    raw: int = 0                    # 1: pictures as 0..255 and no tanh (without batch norm: --bn)
+    raw: int = 0                    # 1: pictures as 0..255, no tanh (second stage: --bn none)
     cond: Literal["none", "planes", "ac"] = "none"  # D sees the condition as planes, or names it
     loss: Literal["bce", "saturating", "lsgan", "wgan", "relativistic"] = "bce"     # row of LOSSES
     clip: float = 0.                # clip D's weights to [-clip, clip] after each D step
     gp: float = 0.                  # weight of the gradient penalty
     r1: float = 0.                  # gamma of the R1 penalty, on real pictures
     r2: float = 0.                  # gamma of the R2 penalty, the same on fakes
-    penalty_every: int = 16         # steps from one R1 or R2 to the next, so many times as large
+    penalty_every: int = 16         # steps from one R1 or R2 to the next; it multiplies them
     augment: int = 0                # 1: D sees all pictures with random colours and shifts
     d_steps: int = 1                # D steps a G step, each on new real pictures
     fresh: int = 0                  # 1: new noise in G's step (course B); 0: D's fakes (course A)
@@ -93,7 +94,7 @@ class GANConfig:
     sample_every: int = 500         # steps between two sample grids and checkpoints
     samples: int = 10000            # pictures drawn for the metrics
     out: str = ""                   # folder of the run; empty: out/<preset>-<what differs>
-    resume: int = 1                 # 0: begin anew where the folder has a checkpoint
+    resume: int = 1                 # 0: delete the folder's earlier run and begin anew
     dump: int = 0                   # write so many samples to samples.npy (uint8, N H W C) as well
     prompt: str = ""                # text2img: only draw a row of "blue hair green eyes"
 
@@ -559,13 +560,13 @@ def networks(cfg):
 
 
 def config(preset, modern=0, **changes):
-    """The GANConfig of a preset; modern=1 puts MODERN over it, and changes win over both. The sets
-    in colour have a few thousand pictures and are augmented; the 60,000 grey ones lose by it."""
-    row = PRESETS[preset]
-    bundle = {}
+    """The GANConfig of a preset; modern=1 puts MODERN over it, and changes win over both. Presets
+    for colour sets, of a few thousand pictures, are augmented; those for 60,000 digits lose by
+    it."""
+    fields = dict(PRESETS[preset])
     if modern:
-        bundle = MODERN | {"augment": int("channels" in row)}
-    return GANConfig(preset, modern, **row | bundle | changes)
+        fields |= dict(MODERN, augment=int("channels" in fields))
+    return GANConfig(preset, modern, **fields | changes)
 
 
 def build(preset, **changes):
@@ -600,7 +601,8 @@ def average(G_ema, G, decay):
 
 @torch.no_grad()
 def refresh(G, conditions, cfg, device):
-    """Batch-norm statistics of G's own weights: copied or averaged ones spoil an averaged G."""
+    """Recompute G's batch-norm statistics from 40 batches: those copied from the trained G do not
+    fit averaged weights."""
     for m in G.modules():
         if isinstance(m, BATCH_NORMS):
             m.reset_running_stats()
@@ -618,11 +620,6 @@ def sample(G, z, c):
     x = torch.cat([to_uint8(G(part)).cpu() for part in torch.cat([z, c], 1).split(500)])
     G.train(was)
     return x
-
-
-def grad_norm(net):
-    """L2 norm of all gradients of a network as one vector."""
-    return torch.stack([p.grad.norm() for p in net.parameters()]).norm()
 
 
 def saturation(x):
@@ -655,9 +652,9 @@ def train(cfg, images, labels, out, device):
     parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D)
     start = data.restore(parts, out / "last.pt", cfg, FREE, device)
     log = data.Log(out, cfg.steps, start)
-    if start < cfg.steps:                               # they are of the network as it was
-        for path in out.glob("*.npy"):
-            path.unlink(missing_ok=True)
+    if start < cfg.steps:                               # samples of the network as it was
+        for name in ("samples.npy", "labels.npy"):
+            (out / name).unlink(missing_ok=True)
     share = slice(data.RANK, None, data.WORLD)
     amp = data.autocast(cfg.amp, device)
 
@@ -723,7 +720,7 @@ def train(cfg, images, labels, out, device):
             d_real, d_before, d_after = scores.mean(1)
             row = {"D": d_loss(real[:, 0], fake[:, 0]), "G": game,          # the game's own terms
                    "D(x)": d_real, "D(G(z)) before": d_before, "D(G(z)) after": d_after,
-                   "|dD|": grad_norm(D), "|dG|": grad_norm(G),
+                   "|dD|": data.grad_norm(D), "|dG|": data.grad_norm(G),
                    "spread": spread(x_fake) / spread(x).clamp(min=1e-6)}
             if cfg.channels == 3:
                 row |= {"sat real": saturation(x), "sat fake": saturation(x_fake)}
@@ -747,7 +744,7 @@ def between(z1, z2, t):
 
 def interpolate(G, z, c, path):
     """A row G(z1 + i/9 (z2 - z1)) of each pair in z (2 n, z), with its condition in c (n, K): i = 0
-    .. 9, and two pictures, framed red, beyond both ends."""
+    .. 9, and two more beyond each end, framed red."""
     steps = range(-2, 12)
     t = torch.tensor(steps, device=z.device)[:, None] / 9               # (14, 1)
     rows = [sample(G, between(z1, z2, t), asked.expand(14, -1))
@@ -783,12 +780,12 @@ def parse_prompt(text):
 
 def since(rows, sick):
     """The first logged step from which sick(row) holds to the end, for 3 rows at least; or -1."""
-    ill = []
+    steps = []
     for row in rows:
-        ill.append(int(row["step"]))
+        steps.append(int(row["step"]))
         if not sick(row):
-            ill = []
-    return ill[0] if len(ill) >= 3 else -1
+            steps = []
+    return steps[0] if len(steps) >= 3 else -1
 
 
 def is_collapsed(row):
@@ -846,7 +843,7 @@ def evaluate(cfg, G, D, log, source, out, device):
         result[end] = since(log.rows, sick)
         if result[end] >= 0:
             headline += f"; {end} {result[end]}"
-    data.finish(out, cfg, log, dict(G=G, D=D), result, PANELS, headline, step=log.last)
+    data.finish(out, cfg, log, dict(G=G, D=D), result, PANELS, headline)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -867,14 +864,11 @@ def main(argv=None):
     data.meet()
     device = data.device(cfg.device)
     need(cfg.batch % data.WORLD == 0 and cfg.batch // data.WORLD >= 2,
-         f"--batch {cfg.batch}: at least 2 pictures, as many for each of {data.WORLD} rank(s)")
+         f"--batch {cfg.batch}: {data.WORLD} rank(s) need as many pictures each, at least 2")
     out = data.run_folder(cfg.preset, cfg, changes, FREE)
-    need(cfg.steps or cfg.resume and (out / "last.pt").exists(),
-         f"nothing to go by: --steps 0 needs {out}/last.pt and --resume 1")
-
     with data.rank_0_first():                           # it downloads or draws for the others
         cfg.data, images, labels, classes = data.choose(data.kept(cfg, out), NETS[cfg.net][1])
-    need(len(images) >= 10, f"{cfg.data} has {len(images)} picture(s); at least 10 are needed")
+    need(len(images) >= 18, f"{cfg.data} has {len(images)} picture(s) to train on; give it 20")
     cfg.channels = images.shape[1]
     cfg.heads = ()
     if cfg.cond != "none":
@@ -886,13 +880,7 @@ def main(argv=None):
         labels = torch.zeros(len(images)).long()
     images = images.to(device)
     labels = labels.to(device)
-    try:
-        G, D, log = train(cfg, images, labels, out, device)
-    except data.BlewUp as e:                            # an end of a run that compare shows
-        data.write_json(out / "result.json", dict(
-            config=vars(cfg), step=e.step, seconds=0, metrics={"blew up at": e.step},
-            headline=f"blew up at {e.step}"))
-        raise
+    G, D, log = train(cfg, images, labels, out, device)
     if data.RANK == 0:
         evaluate(cfg, G, D, log, (images, labels, classes), out, device)
 

@@ -179,7 +179,9 @@ def test_presets_make_pictures_and_logits(preset):
         side = gan.NETS[cfg.net][1]
         x = G(torch.cat([torch.randn(2, cfg.z), c], 1))
         assert x.shape == (2, cfg.channels, side, side)
-        assert gan.judge(D, c, cfg, x).shape == (2, 1 + c.shape[1] * (cfg.cond == "ac"))
+        logits = gan.judge(D, c, cfg, x)
+        assert logits.shape == (2, 1 + c.shape[1] * (cfg.cond == "ac"))
+        assert torch.equal(gan.judge(D, c, cfg, x), logits) != cfg.augment
     assert "BatchNorm" not in str(D) and cfg.augment == (cfg.channels == 3)
 
 
@@ -190,6 +192,8 @@ def test_surgery():
     G, D = build("anime", h=4, act="selu", bn="D")
     assert str(G).count("SELU") == 4 and str(D).count("BatchNorm") == 3
     assert "BatchNorm" not in str(G)
+    for sn, layers in ("D", 4), ("both", 8):
+        assert str(build("dcgan", sn=sn)).count("SpectralNorm") == layers
     G, D = build("dcgan", raw=1)
     x = G(torch.randn(4, 16))
     assert_close(D[0](x), (x + 1) * 127.5, atol=1e-3, rtol=0)     # D sees 0 .. 255
@@ -378,10 +382,10 @@ def test_mistake_7_real_and_fake_in_one_batch(tmp_path, monkeypatch):
     ac_loss = gan.ac_loss
     monkeypatch.setattr(gan, "judge", lambda *a: passes.append(judge(*a)) or passes[-1])
     monkeypatch.setattr(gan, "ac_loss", lambda *a: named.append(a[0]) or ac_loss(*a))
-    cfg = small("text2img", steps=1)
+    cfg = small("text2img", steps=1, d_steps=2)
     gan.train(cfg, images(40, 3, 64), torch.arange(40), tmp_path, CPU)
-    assert [len(logits) for logits in passes] == 3 * [cfg.batch]
-    assert_close(named, [passes[0][:, 1:], passes[2][:, 1:]])
+    assert [len(logits) for logits in passes] == 5 * [cfg.batch]
+    assert_close(named, [passes[i][:, 1:] for i in (0, 2, 4)])
 
 
 def test_average_and_refresh(tmp_path):
@@ -402,6 +406,8 @@ def test_between_prompts_and_ends():
     assert torch.equal(gan.between(z1, z2, 0), z1)
     assert_close(gan.between(z1, z2, 1), z2)
     assert gan.parse_prompt("Blue hair, grey eyes") == 11 * data.HAIR.index("blue")
+    x = torch.tensor([[1., -1, -1], [0, 0, 0]])                         # a red pixel, a grey one
+    assert gan.saturation(x) == .5 and gan.spread(x) == approx(.5 ** .5)
     rows = [dict(step=step, spread=v) for step, v in enumerate([1, .1, .5, .2, .1, .1])]
     assert [gan.since(rows[:n], gan.is_collapsed) for n in (5, 6)] == [-1, 3]
     assert [gan.is_dead({"|dD|": 1e-4, "|dG|": g}) for g in (1e-4, 1)] == [True, False]
@@ -439,8 +445,9 @@ def test_resumed_is_uninterrupted_to_the_bit(changes):
     assert [row["step"] for row in log.rows] == [1, 2, 3, 4, 5, 6]
     assert_same_bits("whole/last.pt", "parts/last.pt")
     saved = data.load_checkpoint("whole/last.pt")
-    rate = saved["opt_D"]["param_groups"][0]["lr"] / (cfg.d_lr or cfg.lr)
-    assert rate == approx(1 / 3 if cfg.decay else 1)
+    for opt, lr in ("opt_G", cfg.lr), ("opt_D", cfg.d_lr or cfg.lr):
+        rate = saved[opt]["param_groups"][0]["lr"] / lr
+        assert rate == approx(1 / 3 if cfg.decay else 1)
     assert not cfg.clip or saved["D"]["0.weight"].abs().max() <= cfg.clip
 
 
@@ -505,10 +512,10 @@ def test_a_run_writes_what_it_promises():
 @parametrize("line, says", [
     ("gan.py gcdan", "invalid choice: 'gcdan'"),
     ("gan.py dcgan --lr nan", "--lr nan must be positive"),
-    ("gan.py dcgan --batch 1", "--batch 1: at least 2"),
+    ("gan.py dcgan --batch 1", "--batch 1: 1 rank(s)"),
     ("gan.py dcgan --steps 0", "needs out/dcgan/last.pt"),
     ("gan.py text2img --prompt 'mauve hair red eyes'", "orange white aqua"),
-    ("gan.py dcgan --data nowhere", "no data set or folder named nowhere"),
+    ("gan.py dcgan --data nowhere", "no data set, folder or picture nowhere"),
     ("gan.py dcgan --data empty", "holds no picture"),
     ("gan.py dcgan --data broken", "no readable picture"),
     ("gan.py dcgan --data digits --out empty/file", "name another folder"),
@@ -525,7 +532,7 @@ def test_a_run_writes_what_it_promises():
     ("fid.py floats.npy digits:test --data digits", "convert"),
     ("fid.py digits:test broken/a.npy", "no readable .npy"),
     ("fid.py digits:test one.npy", "at least 4 and 8"),
-    ("fid.py digits:test colour.npy", "pictures must be uint8 (N, 1 or 1"),
+    ("fid.py digits:test colour.npy", "pictures must be uint8 (N, C, H, W), grey"),
     ("fid.py digits wide", "--dump"),
     ("fid.py digits:test colour.npy --features inception", "--features classifier"),
 ])
@@ -903,14 +910,14 @@ def textbook_cyclegan(cfg, batches):
 
 
 def test_cyclegan_step_is_the_game(tmp_path):
-    """D's step, then G's on the same fakes: as in the exercises."""
-    cfg = cyclegan.config(steps=1, batch=4, amp=0, lambda_gan=10.)
+    """D's step, then G's on the same fakes, twice: as in the exercises."""
+    cfg = cyclegan.config(steps=2, batch=4, amp=0, lambda_gan=10.)
     styles = faces()
     *_, log = cyclegan.train(cfg, *styles, tmp_path, CPU)
     batches = drawn(cfg, *[style.train for style in styles])
-    loss_D, loss_G, G = next(textbook_cyclegan(cfg, batches))
-    want = {"D": loss_D, "G": loss_G, "|dG|": cyclegan.grad_norm(G).item()}
-    assert {name: log.rows[0][name] for name in want} == approx(want, rel=1e-3)
+    *_, (loss_D, loss_G, G) = textbook_cyclegan(cfg, batches)
+    want = {"D": loss_D, "G": loss_G, "|dG|": data.grad_norm(G).item()}
+    assert {name: log.rows[1][name] for name in want} == approx(want, rel=1e-2)
 
 
 def test_cyclegan_scores_see_that_nothing_was_done():
@@ -936,14 +943,6 @@ def test_cyclegan_probe_tells_apart_what_is_apart():
     G.encoder["b"] = G.encoder["a"]
     halves = [a._replace(train=a.train[i::2]) for i in (0, 1)]
     assert .4 < cyclegan.probe_accuracy(G, *halves) < .6
-
-
-def test_cyclegan_learns_faces(tmp_path):
-    a, b = faces()
-    cfg = cyclegan.config(steps=80, batch=8, lr=1e-3)
-    G, *_ = cyclegan.train(cfg, a, b, tmp_path, CPU)
-    error = cyclegan.l1(cyclegan.translate(G, a.test, "ab"), b.test)
-    assert error < .6 * cyclegan.l1(a.test, b.test)
 
 
 @parametrize("flags", ["", " --size 64 --width 4"])
@@ -1027,7 +1026,7 @@ def test_biggan_walks_end_at_the_classes():
     r = torch.tensor([[0.], [8], [9], [20]])
     assert biggan_interp.between(r[1], r[0], [1, .25]).tolist() == [[8], [2]]
     pairs = biggan_interp.extreme_pairs(r)
-    assert pairs["near"][0] == [1, 2] and pairs["far"][-1] == [0, 3]
+    assert pairs == {"near": [[1, 2], [0, 3]], "far": [[0, 3], [1, 2]]}
 
 
 def test_biggan_losses_and_projection_are_their_equations():
