@@ -1067,8 +1067,8 @@ def guide():
     """[(script, name, names it brings along)] of the snippets in the README's copying guide."""
     snippets = []
     table = README.split("## Copying guide")[1].split("\n## ")[0]
-    for row in re.findall(r"^.* \| \w+\.py: .*", table, re.M):
-        along = " ".join(re.findall("`(.*?)`", row.split(" | ")[2])).split()
+    for row in re.findall(r"^.*\|\w+\.py: .*", table, re.M):
+        along = " ".join(re.findall("`(.*?)`", row.split("|")[2])).split()
         for file, names in re.findall(r"(?:(\w+)\.py: |; )(?:weights: )?`([\w ]+)`", row):
             script = sys.modules.get(file) or script
             snippets += [(script, name, along) for name in names.split()]
