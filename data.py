@@ -554,7 +554,7 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
             write(draw, (6, y + strip.height / 2), left[i])
         y += strip.height
     for j, word in enumerate(top):
-        write(draw, (x0 + j * w + w / 2, y0 - 4), word, anchor="mb")
+        write(draw, (x0 + j * w + w / 2, y0 - 7), word, anchor="ms")
     for j in marks:
         draw.rectangle((x0 + j * w, y0, x0 + j * w + w - 1, page.height - 1),
                        outline="red", width=2)
