@@ -156,11 +156,11 @@ class BatchNorm(nn.Module):
             mean, var = self.statistics(truncation)
         x = F.batch_norm(x.float(), mean, var, training=self.training, momentum=1., eps=1e-4)
         if cond is None:
-            gain = self.weight[None]           # (1, C)
-            offset = self.bias[None]           # (1, C)
+            gain = self.weight[None]            # (1, C)
+            offset = self.bias[None]            # (1, C)
         else:
-            gain = 1 + self.scale(cond)      # (N, C)
-            offset = self.offset(cond)      # (N, C)
+            gain = 1 + self.scale(cond)         # (N, C)
+            offset = self.offset(cond)          # (N, C)
         return torch.addcmul(offset[:, :, None, None], x, gain[:, :, None, None])
 
 

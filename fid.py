@@ -50,7 +50,7 @@ class FIDConfig:
     """What is measured. A field is a flag and its comment the flag's help."""
     sources: tuple = ()     # real, generated: data set[:split], folder, run or .npy; or sanity
     features: Literal["auto", "inception", "classifier"] = "auto"   # auto: inception if it is there
-    data: str = ""          # data set whose classifier gives the features; empty: of the real
+    data: str = ""          # data set whose classifier gives features; empty: the real one's
     n: int = 0              # at most so many generated pictures; 0: all, 5000 for sanity
     device: str = "auto"    # auto, cuda, mps, cpu
     json: int = 0           # 1: the last line is one JSON object
@@ -687,7 +687,7 @@ def main(argv=None):
     if len(words) == 1 and record.is_file():
         config = json.loads(record.read_text()).get("config", {})
         need("data" in config, f"{words[0]} has no samples: name a run of gan.py")
-        words.insert(0, config["data"] + ":all")            # as gan.py does
+        words.insert(0, config["data"] + ":all")            # the test set, too: gan.py where few
     need(len(words) == 2, "name two sources, REAL GENERATED, or one run with samples.npy: python "
          "gan.py dcgan --dump 10000 writes that of out/dcgan")
     if is_array(words[1]):

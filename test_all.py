@@ -186,7 +186,7 @@ def test_presets_make_pictures_and_logits(preset):
 
 
 def test_surgery():
-    """Width, initial weights, activations, batch norm, raw pictures, noise."""
+    """Width, initial weights, activations, batch norm, spectral norm, raw pictures, noise."""
     G, _ = build("dcgan", h=100)
     assert .019 < G[4].weight.std() < .021
     G, D = build("anime", h=4, act="selu", bn="D")
@@ -401,7 +401,7 @@ def test_average_and_refresh(tmp_path):
 
 
 def test_between_prompts_and_ends():
-    """t = 0 is z1, to the bit, t = 1 is z2; colours of the course; collapsed and died by rule."""
+    """t = 0 is z1, to the bit, t = 1 is z2; prompts; what the log measures; ends by rule."""
     z1, z2 = torch.randn(2, 16)
     assert torch.equal(gan.between(z1, z2, 0), z1)
     assert_close(gan.between(z1, z2, 1), z2)
