@@ -500,7 +500,7 @@ def imagenet_names():
     return [COURSE.get(i, name) for i, name in enumerate(names)]
 
 
-def between(r1, r2, alphas):
+def between_classes(r1, r2, alphas):
     """alpha r1 + (1 - alpha) r2: vectors (d,), (d,) and k alphas -> (k, d). As the course has it,
     alpha = 1 is r1; in gan.py's between(z1, z2, t) it is t = 0 that is z1."""
     alphas = torch.as_tensor(alphas).to(r1)[:, None]                    # (k, 1)
@@ -529,7 +529,7 @@ ALPHAS = torch.linspace(1, 0, 11)
 
 def walk(G, i, j, z, truncation):
     """From class i to class j at one fixed z (1, z_dim): pictures uint8 (11, 3, S, S)."""
-    r = between(G.embed(i), G.embed(j), ALPHAS)
+    r = between_classes(G.embed(i), G.embed(j), ALPHAS)
     return sample(G, z.expand(len(r), -1), r, truncation)
 
 

@@ -702,7 +702,7 @@ def run_main(main):
         why = f"{e.filename or 'file'}: {e.strerror or e}; free space or name another folder"
     except KeyboardInterrupt:
         print("\nstopped; the same command (without --resume 0) goes on from the last checkpoint, "
-              "where there is one")
+              "if any: one each --sample-every steps")
         sys.exit(130)
     print(f"error: {why}", file=sys.stderr)
     sys.exit(2)

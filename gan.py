@@ -16,17 +16,16 @@ networks, losses, restraints on D, experiments, the game, what was drawn.
 Measured on MNIST and Apple's emojis, one thread of an AMD EPYC (Zen 5) beside other work, torch
 2.13; FID on features of fid.py's classifier, n = 10000 (emojis: against 2,370 real ones); floor,
 real against real, 0.055 (at 28 x 28 0.061) and 0.70 (emojis: at n = 1185):
-    python gan.py dcgan                                FID 1.06, 1.01, 1.14 (seeds 0, 1, 2); 4 min
+    python gan.py dcgan                                FID 1.06, 1.01, 1.14 (seeds 0, 1, 2)
     python gan.py dcgan --lr 2e-4 --decay 0 --ema 0    4.63: the course's own setting
-    python gan.py mlp                                  15.0, 14.4, 16.0 (seeds 0, 1, 2); 1 min
+    python gan.py mlp                                  15.0, 14.4, 16.0 (seeds 0, 1, 2)
     python gan.py speedrun                             0.32 after 98 s on two idle threads
-    python gan.py emoji --steps 20000                  20.8, recall 0: duplicates; 75 min
-    python gan.py emoji --steps 20000 --modern 1       6.0, recall 0.59; 95 min
+    python gan.py emoji --steps 20000                  20.8, recall 0: duplicates
+    python gan.py emoji --steps 20000 --modern 1       6.0, recall 0.59
     python gan.py mnist28                              13.8, and no 0 among 10,000 digits
-    python gan.py mnist28 --modern 1                   1.14, all ten, 6 min; augmented 25.9
-Two processes equal one only where a picture's loss depends on no other picture and on no noise of
-its own (mlp --bn none): batch norm, --gp and --augment use the pictures and random numbers of
-their own process.
+    python gan.py mnist28 --modern 1                   1.14, all ten; augmented 25.9
+Two processes equal one only without batch norm, --gp and --augment (mlp --bn none): those use the
+pictures and random numbers of their own process.
 """
 import copy
 import re
@@ -66,7 +65,7 @@ class GANConfig:
     act: Literal["", "relu", "leaky", "selu"] = ""  # this activation everywhere
     bn: Literal["both", "G", "D", "none"] = "both"  # networks that keep their batch norm
     sn: Literal["none", "D", "both"] = "none"       # networks with spectral norm
-    raw: int = 0                    # 1: pictures as 0..255, no tanh (second stage: --bn none)
+    raw: int = 0                    # 1: pictures as 0..255, no tanh; then --bn none as well
     cond: Literal["none", "planes", "ac"] = "none"  # D sees the condition as planes, or names it
     loss: Literal["bce", "saturating", "lsgan", "wgan", "relativistic"] = "bce"     # row of LOSSES
     clip: float = 0.                # clip D's weights to [-clip, clip] after each D step
@@ -381,8 +380,8 @@ def g_lsgan(fake):
 
 
 def d_wgan(real, fake):
-    """-E D(x) + E D(G(z)), Arjovsky 2017 eq. 2: minus this estimates the Wasserstein
-    distance, times the greatest slope that clipping or penalty allow D."""
+    """-E D(x) + E D(G(z)), Arjovsky 2017 eq. 2: minus this, over the greatest slope that
+    clipping or penalty allow D, estimates the Wasserstein distance."""
     return fake.mean() - real.mean()
 
 
@@ -606,7 +605,7 @@ def refresh(G, conditions, cfg, device):
     for m in G.modules():
         if isinstance(m, BATCH_NORMS):
             m.reset_running_stats()
-            m.momentum = None                           # a plain mean over all batches
+            m.momentum = None                           # torch: a plain mean over all batches
     for _ in range(40):
         i = torch.randint(len(conditions), (250,), device=device)
         G(torch.cat([draw_z(250, cfg, device), conditions[i]], 1))
@@ -655,7 +654,7 @@ def train(cfg, images, labels, out, device):
     if start < cfg.steps:                               # samples of the network as it was
         for name in ("samples.npy", "labels.npy"):
             (out / name).unlink(missing_ok=True)
-    share = slice(data.RANK, None, data.WORLD)
+    share = slice(data.RANK, None, data.WORLD)          # every WORLD-th picture
     amp = data.autocast(cfg.amp, device)
 
     for step in range(start + 1, cfg.steps + 1):

@@ -1024,7 +1024,7 @@ def test_biggan_walks_end_at_the_classes():
     ends = biggan_interp.sample(G, z.expand(2, -1), torch.tensor([3, 100])).int()
     assert (biggan_interp.walk(G, 3, 100, z, 1.)[[0, -1]] - ends).abs().max() <= 1
     r = torch.tensor([[0.], [8], [9], [20]])
-    assert biggan_interp.between(r[1], r[0], [1, .25]).tolist() == [[8], [2]]
+    assert biggan_interp.between_classes(r[1], r[0], [1, .25]).tolist() == [[8], [2]]
     pairs = biggan_interp.extreme_pairs(r)
     assert pairs == {"near": [[1, 2], [0, 3]], "far": [[0, 3], [1, 2]]}
 
