@@ -71,8 +71,8 @@ class CycleConfig:
     direction: Literal["ab", "ba"] = "ab"   # of --translate
 
 
-# Fields that say how long and where, not what is trained: a resume may change them. (The weights
-# of another model would not fit.)
+# Fields that say how long and where, not what is trained: a resume may change them (but the model,
+# whose name the folder already has).
 FREE = {"model", "steps", "device", "amp", "log_every", "sample_every", "out", "resume",
         "translate", "direction"}
 PAIRS = {"emojis": ("emoji-apple", "emoji-windows"), "faces": ("faces-a", "faces-b"),
@@ -474,7 +474,7 @@ def train(cfg, a, b, out, device):
                                      weight_decay=cfg.weight_decay) for net in (G, D)]
     pool_a, pool_b = ImagePool(cfg.pool), ImagePool(cfg.pool)
     parts = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D, pool_a=pool_a, pool_b=pool_b)
-    start = data.restore(parts, out / "last.pt", cfg, FREE, device)
+    start = data.restore(parts, out / "last.pt", cfg, FREE - {"model"}, device)
     log = data.Log(out, cfg.steps, start)
     amp = data.autocast(cfg.amp, device)
 
@@ -618,7 +618,7 @@ def translate_files(cfg, out, device):
     G.load_state_dict(state["G"])
     source = Path(cfg.translate)
     files = [source] if source.is_file() else data.pictures(source)
-    x = torch.stack([data.fit(data.read_picture(file), trained["size"]) for file in files])
+    x = data.read_all(files, trained["size"])
     y = translate(G.to(device), x, cfg.direction)
     folder = out / f"translated-{cfg.direction}"
     for i, file in enumerate(files):                    # numbered: x.png and x.jpg stay two

@@ -35,7 +35,6 @@ from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -529,7 +528,7 @@ def grid(images, columns):
     less twice as large, so that one can see them."""
     x = images.expand(-1, 3, -1, -1).cpu()
     if x.shape[2] <= 32:
-        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = F.interpolate(x, scale_factor=2)
     x = F.pad(x, (2, 2, 2, 2, 0, 0, 0, -len(x) % columns), value=255)   # of W, H, C, N
     n, c, h, w = x.shape
     page = x.view(-1, columns, c, h, w).permute(2, 0, 3, 1, 4)      # (C, rows, H, columns, W)
@@ -588,22 +587,27 @@ def panel(draw, top, title, lines):
     edge = .06 * (y_high - y_low) + .01 * abs(y_high) + 1e-6
     low = np.array([xs.min(), y_low - edge])
     high = np.array([xs.max() + 1e-6, y_high + edge])
-    scale = [754, -162] / (high - low)                                  # pixels a unit
+    scale = [754, -150] / (high - low)                                  # pixels a unit
     for v in ticks(low[1], high[1]):
         level = top + 206 + (v - low[1]) * scale[1]
         draw.line((60, level, 814, level), (225, 225, 225))
         write(draw, (54, level), f"{v:.4g}", anchor="rm")
     for v in ticks(low[0], high[0]):
         write(draw, (60 + (v - low[0]) * scale[0], top + 212), f"{v:g}", anchor="mt")
-    draw.rectangle((60, top + 44, 814, top + 206), outline="black")
+    draw.rectangle((60, top + 56, 814, top + 206), outline="black")
     write(draw, (60, top + 14), title, 15)
     left = 64
+    row = top + 32
     for (name, line), colour in zip(lines.items(), COLOURS * 3):
+        width = 34 + font().getlength(name)
+        if left + width > 840:                              # the legend's next line
+            left = 64
+            row += 14
         points = (np.transpose(line).clip(low, high) - low) * scale + [60, top + 206]   # (n, 2)
         draw.line(points.flatten().tolist(), colour, 2)
-        draw.line((left, top + 34, left + 16, top + 34), colour, 4)
-        write(draw, (left + 20, top + 34), name)
-        left += 34 + font().getlength(name)
+        draw.line((left, row, left + 16, row), colour, 4)
+        write(draw, (left + 20, row), name)
+        left += width
 
 
 def chart(path, panels):
@@ -615,17 +619,6 @@ def chart(path, panels):
         panel(draw, 230 * k, title, lines)
     write(draw, (814, page.height - 10), "step", anchor="rm")
     return save(page, path)
-
-
-def curves(path, table, panels):
-    """Panels [(title, [names])] of a table {name: numbers} as a chart; names that the table lacks
-    are left out."""
-    shown = []
-    for title, names in panels:
-        lines = {name: (table["step"], table[name]) for name in names if name in table}
-        if lines:
-            shown.append((title, lines))
-    return chart(path, shown)
 
 
 def scatter(path, xy, groups, group_names, labels, links, title, colours):
@@ -653,11 +646,12 @@ def scatter(path, xy, groups, group_names, labels, links, title, colours):
 
 # ---- several processes: torchrun -----------------------------------------------------------------
 
-def meet():
-    """The processes of torchrun meet; from here on only rank 0 speaks."""
+def meet(name):
+    """The processes of torchrun meet, each on a GPU of its own unless the device's name is "cpu";
+    from here on only rank 0 speaks."""
     if WORLD == 1:
         return
-    if torch.cuda.is_available():
+    if name != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
@@ -724,7 +718,8 @@ def arguments(Config, argv=None, presets=(), hide=(), positional=""):
     parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
-        parser.add_argument("preset", choices=presets, metavar="PRESET", help=" ".join(presets))
+        parser.add_argument("preset", choices=presets, metavar="PRESET",
+                            help=f"{' '.join(presets)}; their own values go before the defaults")
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
         if f.name in hide:
@@ -774,7 +769,7 @@ def versions():
     """What a result depends on besides the seed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                pillow=PIL.__version__, gpu=gpu, threads=torch.get_num_threads())
+                pillow=Image.__version__, gpu=gpu, threads=torch.get_num_threads())
 
 
 # ---- runs: folder, checkpoints, log --------------------------------------------------------------
@@ -907,7 +902,7 @@ class Log:
         self.rows.append(dict(step=step, **numbers, seconds=self.seconds))
         lines = [",".join(self.rows[0])]
         for row in self.rows:
-            lines.append(",".join(f"{value:.6g}" for value in row.values()))
+            lines.append(",".join(f"{value:.7g}" for value in row.values()))
         write_text(self.path, "\n".join(lines) + "\n")
         words = "  ".join(f"{name} {value:7.3f}" for name, value in numbers.items())
         print(f"step {step:>{len(str(self.total))}}/{self.total}  {words}  "
@@ -920,9 +915,17 @@ def sample_grids(out):
 
 
 def finish(out, cfg, log, nets, metrics, panels, headline):
-    """The end of every run: curves.png, training.gif, result.json; the headline comes last."""
-    if log.rows:
-        curves(out / "curves.png", log.table(), panels)
+    """The end of every run: curves.png, training.gif, result.json; the headline comes last.
+
+    panels: [(title, [names of columns of the log])]; names that it lacks are left out."""
+    table = log.table()
+    shown = []
+    for title, names in panels:
+        lines = {name: (table["step"], table[name]) for name in names if name in table}
+        if lines:
+            shown.append((title, lines))
+    if shown:
+        chart(out / "curves.png", shown)
     grids = sample_grids(out)
     if grids:
         gif(out / "training.gif", grids)
@@ -998,7 +1001,7 @@ def main(argv=None):
     if do == "show":
         _, images, _, _ = choose(a.words[0], a.size)
         images = images[:: 1 + len(images) // 100]
-        print("wrote", save(grid(images, min(10, len(images))), a.words[1]))
+        print("wrote", save(grid(images, 10), a.words[1]))
     else:
         print(compare(a.words, a.out))
         print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")

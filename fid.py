@@ -622,10 +622,10 @@ def array(word):
     path = Path(word)
     if path.is_dir():
         path = path / "samples.npy"
-    need(path.is_file(), f"no {path}: python gan.py dcgan --dump 10000 writes "
-         "out/dcgan/samples.npy; or name two sources, REAL GENERATED")
+    need(path.is_file(), f"no {path}: add --dump 10000 to the command that trained it, python gan.py "
+         "dcgan --dump 10000; or name two sources, REAL GENERATED")
     try:
-        x = np.load(path, allow_pickle=False)
+        x = np.load(path)                       # which reads no pickle
     except (ValueError, EOFError) as e:
         raise data.UserError(f"{path} is no readable .npy ({e}); write it again") from None
     need(x.dtype == np.uint8, f"{path} holds {x.dtype}, not uint8; convert [-1, 1] with "
@@ -688,8 +688,8 @@ def main(argv=None):
         config = json.loads(record.read_text()).get("config", {})
         need("data" in config, f"{words[0]} has no samples: name a run of gan.py")
         words.insert(0, config["data"] + ":all")            # the test set, too: gan.py where few
-    need(len(words) == 2, "name two sources, REAL GENERATED, or one run with samples.npy: python "
-         "gan.py dcgan --dump 10000 writes that of out/dcgan")
+    need(len(words) == 2, "name two sources, REAL GENERATED, or one run with samples.npy, which "
+         "--dump 10000 writes: python gan.py dcgan --dump 10000")
     if is_array(words[1]):
         size = array(words[1]).shape[-1]
     net = network(cfg, cfg.data or words[0].split(":")[0], size)

@@ -473,9 +473,10 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight):
         W = self.matrix(weight)
-        if self.training:
-            self.iterate(W)
-        sigma = self.u.clone() @ W @ self.v.clone()                 # u^T W v, of copies: the next
+        with torch.autocast(W.device.type, enabled=False):          # bfloat16 is too coarse here
+            if self.training:
+                self.iterate(W)
+            sigma = self.u.clone() @ W @ self.v.clone()             # u^T W v, of copies: the next
         return weight / sigma                                       # pass overwrites u and v
 
 
@@ -860,10 +861,10 @@ def main(argv=None):
     if cfg.prompt:
         parse_prompt(cfg.prompt)
         cfg.steps = 0
-    data.meet()
+    data.meet(cfg.device)
     device = data.device(cfg.device)
     need(cfg.batch % data.WORLD == 0 and cfg.batch // data.WORLD >= 2,
-         f"--batch {cfg.batch}: {data.WORLD} rank(s) need as many pictures each, at least 2")
+         f"--batch {cfg.batch} must be 2 or more pictures for each of {data.WORLD} process(es)")
     out = data.run_folder(cfg.preset, cfg, changes, FREE)
     with data.rank_0_first():                           # it downloads or draws for the others
         cfg.data, images, labels, classes = data.choose(data.kept(cfg, out), NETS[cfg.net][1])
@@ -871,8 +872,8 @@ def main(argv=None):
     cfg.channels = images.shape[1]
     cfg.heads = ()
     if cfg.cond != "none":
-        need(classes, f"--cond {cfg.cond} needs labels and {cfg.data} has none: put the pictures "
-             "into one sub-folder a class")
+        need(classes, f"--cond {cfg.cond} needs classes and {cfg.data} has none: put the pictures "
+             "into two sub-folders or more, one a class")
         cfg.heads = (12, 11) if classes == FACES else (len(classes),)
     need(not cfg.prompt or len(cfg.heads) == 2, "--prompt belongs to text2img on faces")
     if labels is None:

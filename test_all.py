@@ -188,7 +188,7 @@ def test_presets_make_pictures_and_logits(preset):
 def test_surgery():
     """Width, initial weights, activations, batch norm, spectral norm, raw pictures, noise."""
     G, _ = build("dcgan", h=100)
-    assert .019 < G[4].weight.std() < .021
+    assert .019 < G[4].weight.std() < .021 and G[5].weight.mean() > .9
     G, D = build("anime", h=4, act="selu", bn="D")
     assert str(G).count("SELU") == 4 and str(D).count("BatchNorm") == 3
     assert "BatchNorm" not in str(G)
@@ -289,7 +289,7 @@ def test_diff_augment():
     red, green, blue = y[:, :, 16, 16].T
     strength = red - blue                           # saturation, 0 to 2, times contrast
     assert green.abs().max() <= .5 and green.std() > .25
-    assert 0 <= strength.min() and 2 < strength.max() <= 3
+    assert .9 < strength.mean() < 1.1 and 2 < strength.max() <= 3
     seen = y[:, 1] != 0                             # what was shifted in is 0
     assert {*seen.any(1).sum(1).tolist()} == {*seen.any(2).sum(1).tolist()} == {*range(28, 33)}
 
@@ -397,7 +397,7 @@ def test_average_and_refresh(tmp_path):
     last = data.load_checkpoint("last.pt")["G"]
     assert_close(G_ema[1].weight, .9 * first[1].weight + .1 * last["1.weight"])
     h = G_ema[:2](torch.randn(10_000, 8))           # what the first batch norm sees, (N, 16, 4, 4)
-    assert_close(G_ema[2].running_mean, h.mean((0, 2, 3)), atol=.005, rtol=0)
+    assert_close(G_ema[2].running_var, h.var((0, 2, 3)), atol=0, rtol=.05)
 
 
 def test_between_prompts_and_ends():
@@ -448,12 +448,12 @@ def test_resumed_is_uninterrupted_to_the_bit(changes):
     for opt, lr in ("opt_G", cfg.lr), ("opt_D", cfg.d_lr or cfg.lr):
         rate = saved[opt]["param_groups"][0]["lr"] / lr
         assert rate == approx(1 / 3 if cfg.decay else 1)
-    assert not cfg.clip or saved["D"]["0.weight"].abs().max() <= cfg.clip
+    assert not cfg.clip or saved["D"]["0.weight"].max() == approx(cfg.clip)
 
 
 @parametrize("line", [
-    "gan.py dcgan --data digits --samples 200 --sample-every 2 --steps 8 --out ",
-    "cyclegan.py --data faces --batch 4 --pool 6 --sample-every 2 --steps 8 --out "])
+    "gan.py dcgan --data digits --device cpu --samples 200 --sample-every 2 --steps 8 --out ",
+    "cyclegan.py --data faces --device cpu --batch 4 --pool 6 --sample-every 2 --steps 8 --out "])
 def test_killed_and_resumed(line):
     """SIGKILL at a random moment, then the same command: the bits of the undisturbed run."""
     run(line + "whole")
@@ -470,7 +470,7 @@ def test_killed_and_resumed(line):
 
 def test_two_ranks_equal_one():
     """Gradients are averaged and a batch is shared: two processes train what one does."""
-    line = "gan.py mlp --data digits --bn none --amp 0 --steps 5 --samples 200 --out "
+    line = "gan.py mlp --data digits --bn none --amp 0 --device cpu --steps 5 --samples 200 --out "
     run(line + "one")
     torchrun = (f"'{sys.executable}' -m torch.distributed.run --nproc-per-node 2 "
                 f"'{ROOT}'/{line} two")
@@ -512,7 +512,7 @@ def test_a_run_writes_what_it_promises():
 @parametrize("line, says", [
     ("gan.py gcdan", "invalid choice: 'gcdan'"),
     ("gan.py dcgan --lr nan", "--lr nan must be positive"),
-    ("gan.py dcgan --batch 1", "--batch 1: 1 rank(s)"),
+    ("gan.py dcgan --batch 1", "--batch 1 must be 2 or more"),
     ("gan.py dcgan --steps 0", "needs out/dcgan/last.pt"),
     ("gan.py text2img --prompt 'mauve hair red eyes'", "orange white aqua"),
     ("gan.py dcgan --data nowhere", "no data set, folder or picture nowhere"),
