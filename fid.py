@@ -622,8 +622,8 @@ def array(word):
     path = Path(word)
     if path.is_dir():
         path = path / "samples.npy"
-    need(path.is_file(), f"no {path}: add --dump 10000 to the command that trained it, python gan.py "
-         "dcgan --dump 10000; or name two sources, REAL GENERATED")
+    need(path.is_file(), f"no {path}: add --dump 10000 to the command that trained it, python "
+         "gan.py dcgan --dump 10000; or name two sources, REAL GENERATED")
     try:
         x = np.load(path)                       # which reads no pickle
     except (ValueError, EOFError) as e:
