@@ -55,8 +55,8 @@ endef
 
 sweep-latent: $(VENV)  ## 25 min: z and h in {16, 100}: four DCGANs at the course's learning rate
 	$(call sweep,gan.py dcgan --lr 2e-4 --decay 0 --ema 0,z=16+h=16 z=16+h=100 z=100+h=16 z=100+h=100)
-sweep-stability: $(VENV)  ## 55 min: what stops mode collapse? modes of 132 on drawn faces
-	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1)
+sweep-stability: $(VENV)  ## 65 min: what stops mode collapse? modes of 132 on drawn faces
+	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1 modern=1+augment=0)
 sweep-modern: $(VENV)  ## 25 min: what of the modern bundle matters? one part taken out at a time
 	$(call sweep,gan.py emoji --data faces-a --modern 1 --steps 3000,modern=1 loss=bce r1=0 r2=0 bn=both ema=0 augment=0)
 tips: $(VENV)  ## 40 min: each training tip against its opposite, 64 x 64
@@ -74,9 +74,9 @@ results: $(VENV)  ## table, samples and curves of all finished runs: out/results
 
 compare = $(PYTHON) data.py compare $(addprefix out/,$(2)) --out out/$(1)
 figures: $(VENV)  ## the README's pictures, once the runs that it names are there
+	$(call compare,hero,dcgan-course dcgan emoji emoji-modern1 anime anime-modern1)
 	$(PYTHON) -c "import data; x = data.read_all(['out/emoji%s.png' % n for n in ('/001000', '/010000', '/020000', '-modern1/020000')], 528); \
 	  data.sheet([i[None, :, :198] for i in x], 'out/evolution.png', ['1,000 steps', '10,000 steps', '20,000 steps', '20,000, MODERN=1'])"
-	$(call compare,hero,dcgan-course dcgan emoji emoji-modern1 anime anime-modern1)
 	$(call compare,sick-all,sick/collapse sick/oscillation sick/vanishing)
 	$(call compare,colours,cyclegan-datafaces cyclegan-datafaces-identity0.5)
 	$(call compare,units,unit unit-datadistant)
@@ -85,7 +85,7 @@ figures: $(VENV)  ## the README's pictures, once the runs that it names are ther
 	$(PYTHON) -c "from PIL import Image as I; i = I.open('out/fading-curves.png'); i.crop((0, i.height - 1170, i.width, i.height - 710)).save('out/fading.png')"
 	$(PYTHON) -c "from PIL import Image as I; a, b = [I.open(f'out/text2img{m}/conditions.png') for m in ('', '-modern1')]; \
 	  page = I.new('RGB', (b.width, 298 + b.height)); page.paste(a); page.paste(b, (0, 298)); page.save('out/text2img.png')"
-	for f in dcgan/curves=curves.png sick=sick.png fading=fading.png tips-all=tips.png seeds-all=cyclegan.png units=unit.jpg biggan/tsne=tsne.png hero=hero.png \
+	for f in dcgan/curves=curves.png sick=sick.png fading=fading.png tips-all=tips.jpg seeds-all=cyclegan.png units=unit.jpg biggan/tsne=tsne.png hero=hero.png \
 	  biggan/interpolation=walks.png evolution=evolution.jpg colours=colours.jpg text2img=text2img.jpg; do \
 	  $(PYTHON) -c "from PIL import Image as I; I.open('out/$${f%=*}.png').save('figures/$${f#*=}', quality=90)"; done
 
