@@ -6,9 +6,8 @@ PYTHON ?= .venv/bin/python
 VENV = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/done)
 FLAGS = $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 GAN = $(PYTHON) gan.py $(1) $(if $(MODERN),--modern $(MODERN)) $(FLAGS)
-PRESETS = dcgan speedrun mlp emoji anime wgan text2img mnist28 cwgan
 SHELL = /bin/bash
-.PHONY: $(PRESETS) $(shell sed -nE 's/^([a-z-]+):.*/\1/p' Makefile) modes interp
+.PHONY: $(shell sed -nE 's/^#? ?([a-z0-9-]+):.*/\1/p' Makefile)
 
 help:
 	@sed -nE 's/^#* ?([a-z0-9-]+):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -27,7 +26,7 @@ help:
 # text2img: ## 9 min: faces by hair and eye colour; then ARGS='--prompt "blue hair green eyes"'
 # mnist28: ## 3 min: 28 x 28 digits: are all drawn equally often?
 # cwgan: ## 7 min: conditional WGAN with gradient penalty: clothes by class
-$(PRESETS): $(VENV)
+dcgan speedrun mlp emoji anime wgan text2img mnist28 cwgan: $(VENV)
 	$(call GAN,$@)
 
 # modes: ## 1 min: which digits does the trained dcgan draw, and how often?

@@ -264,8 +264,9 @@ def test_spectral_norm_is_the_largest_singular_value(layer, dim):
     gan.spectral_norm([layer])
     big = biggan_interp.Spectral(16, 8, 3, 3)
     nn.init.normal_(big.weight_orig)
-    for _ in range(300):
-        weights = layer.weight.transpose(0, dim), big.weight()      # a pass: a power iteration
+    with torch.autocast("cpu"):                     # bfloat16, but not here
+        for _ in range(300):
+            weights = layer.weight.transpose(0, dim), big.weight()  # a pass: a power iteration
     for w in weights:
         assert abs(torch.linalg.svdvals(w.flatten(1))[0] - 1) < 1e-5
     nn.init.normal_(layer.eval().parametrizations.weight.original)
@@ -446,8 +447,7 @@ def test_resumed_is_uninterrupted_to_the_bit(changes):
     assert_same_bits("whole/last.pt", "parts/last.pt")
     saved = data.load_checkpoint("whole/last.pt")
     for opt, lr in ("opt_G", cfg.lr), ("opt_D", cfg.d_lr or cfg.lr):
-        rate = saved[opt]["param_groups"][0]["lr"] / lr
-        assert rate == approx(1 / 3 if cfg.decay else 1)
+        assert saved[opt]["param_groups"][0]["lr"] == approx(lr / 3 if cfg.decay else lr)
     assert not cfg.clip or saved["D"]["0.weight"].max() == approx(cfg.clip)
 
 
