@@ -13,7 +13,9 @@ help:
 	@sed -nE 's/^#* ?([a-z0-9-]+):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
 
 .venv/done:
-	python3 -m venv .venv
+	@python3 -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	  { echo "error: python3 is older than 3.10 or missing: install a newer Python, or name one with PYTHON="; exit 2; }
+	python3 -m venv --clear .venv
 	.venv/bin/python -m pip install -q torch==2.13.0 numpy pillow pytest
 	touch $@
 

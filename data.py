@@ -920,10 +920,12 @@ def run_folder(name, cfg, changes, free):
             words.append(f"{field}{value}")
     out = Path(cfg.out or "out/" + re.sub(r"[^\w.-]", "+", "-".join(words)))
     if (out / "last.pt").is_file():
-        need("log" in load_checkpoint(out / "last.pt"), f"{out}/last.pt is of an older version or "
-             "another program; name another folder with --out")
+        need({"log", "step", "config"} <= load_checkpoint(out / "last.pt").keys(), f"{out}/last.pt "
+             "is of an older version or another program; name another folder with --out")
     elif out.exists() and not all(hidden(path.name) for path in out.iterdir()):
-        read_run(out)                                       # UserError if it holds something else
+        need((out / "result.json").is_file(), f"{out} has files in it and no run of this program: "
+             "name another folder with --out")
+        read_run(out)
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     need(os.access(DOWNLOADS, os.W_OK), f"cannot write to {DOWNLOADS}: set DOWNLOADS=FOLDER")
     v = versions()
@@ -1123,8 +1125,8 @@ def read_run(folder):
             picture = Image.open(grid).convert("RGB")
         np.array([*record["log"].values()], float)              # columns of numbers, equally long
     except Exception as e:                          # an edited or cut file raises nearly anything
-        raise UserError(f"{folder} holds no readable result of a run ({type(e).__name__}: "
-                        "result.json); name another folder") from e
+        raise UserError(f"{folder}/result.json is no result of a finished run of this program "
+                        f"({type(e).__name__}); name another folder") from e
     return numbers, picture, record["log"]
 
 

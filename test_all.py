@@ -34,7 +34,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pytest import approx
 from torch.testing import assert_close
 
@@ -422,12 +422,16 @@ def test_compare_and_a_run_that_blows_up():
     each one's samples, their curves over each other."""
     line = "gan.py mlp --data digits --h 4 --log-every 1 --samples 200 --out "
     run(line + "sound --steps 2")
-    assert "blew up" in run(line + "sick --loss wgan --lr 1e3", code=2)
+    assert "lower learning rate" in run(line + "sick --loss wgan --lr 1e3", code=2)
     assert data.load_checkpoint("sick/last.pt")["step"] == 1
-    done = run("data.py compare sound sick --out both")
+    record = json.loads(Path("sick/result.json").read_text())
+    assert record["log"]["step"][0] == 1 and record["grids"] == [1]
+    shutil.copytree("sound", "more/sound")              # the same last name, another run
+    done = run("data.py compare sound sick more/sound --out both")
+    assert "| more/sound | 2 |" in done
     assert "| sound | 2 |" in done and "| blew up at |\n" in done
     assert Path("both.md").read_text() in done
-    assert Image.open("both.png").height == 2 * 84 + 4
+    assert Image.open("both.png").height == 3 * 84 + 4
 
 
 @parametrize("changes", [
@@ -510,11 +514,84 @@ def test_a_run_writes_what_it_promises():
     assert G.eval()(torch.randn(2, 123)).shape == (2, 3, 64, 64)
 
 
+def test_a_run_owns_what_it_wrote_and_nothing_else():
+    """What others put beside a run stays, also with --resume 0; log.csv is not read; of half-written
+    files only those go that are too old to belong to a living process."""
+    line = "gan.py mlp --data digits --h 4 --samples 200 --out run --steps "
+    assert "samples  run/000001.png ... 000003.png\n" in run(line + "3")
+    names = ["000777.png", "notes.txt", ".last.pt.1.part", ".last.pt.2.part", "log.csv"]
+    for name in names:
+        Path("run", name).write_text("other")
+    os.utime("run/.last.pt.2.part", (0, 0))
+    assert "resumed" in run(line + "3")
+    run(line + "2 --resume 0")
+    texts = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    assert [name for name in names if texts.get(name) == b"other"] == names[:3]
+    assert "000002.png" in texts and "000003.png" not in texts
+
+
+def test_results_that_somebody_edited(capsys):
+    """Each is left out of the comparison, which goes on."""
+    whole = '{"step": 1, "metrics": {"fid": 2}, "grids": [], "log": {"step": [1], "D": [3]}}'
+    texts = ["\ufeff" + whole, "{", "[]", "[" * 99999, whole.replace("[1]", "[1, 2]"), "caf\udce9"]
+    for i, text in enumerate(texts):
+        Path(f"{i}").mkdir()
+        Path(f"{i}/result.json").write_text(text, "utf-8", "surrogateescape")
+    assert data.compare([*"012345", "nowhere"], "all").endswith("|\n| 0 | 1 |  | 2 |")
+    assert capsys.readouterr().out.count("left out: ") == 6
+
+
+@parametrize("main, says", [
+    (lambda: torch.empty(1 << 60), "error: out of memory: give a smaller --batch"),
+    (lambda: open("nowhere/x"), "error: nowhere/x: No such file")])
+def test_errors_of_the_system_are_one_line(main, says, capsys):
+    """Too little memory, a folder that is not there."""
+    with pytest.raises(SystemExit, match="2"):
+        data.run_main(main)
+    assert capsys.readouterr().err.startswith(says)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the command lines are for a POSIX shell")
+@parametrize("line, says", [
+    ("RANK=1 {}gan.py mlp --steps 0", "error: nothing is trained"),
+    ("RANK=0 WORLD_SIZE=2 TORCHELASTIC_RUN_ID=1 {}cyclegan.py", "error: only gan.py can run under"),
+    ("DOWNLOADS=README.md {}gan.py mlp", "error: README.md: File exists"),
+    ("PYTHONIOENCODING=ascii {}gan.py mlp --out アニメ --steps 0", r"run      \u30a2\u30cb\u30e1"),
+    ("{}gan.py mlp --help | head -1", "usage: gan.py")])
+def test_environment(line, says):
+    """RANK alone, as on clusters, starts no second process; torchrun is for gan.py; where nothing
+    can be written is noticed at once; a name that the console cannot show and a closed pipe are no
+    errors."""
+    Path("README.md").touch()
+    line = line.format(f"'{sys.executable}' '{ROOT}'/")
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert f"\n{says}" in "\n" + done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_line_of_a_step_has_100_columns():
+    """Whatever the numbers; those that do not fit stand in log.csv."""
+    names = ["D", "G", "cycle a", "D(G(z)) before", "more"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        log = data.Log(Path(), 10 ** 7)
+        log.write(10 ** 7, 10 ** 9, **{name: torch.tensor(-1.2345e20) for name in names})
+    assert len(out.getvalue()) <= 101 and out.getvalue().count("-1.23e+20") == 4
+    assert "  D(G(z)) -1" in out.getvalue() and "more" in Path("log.csv").read_text()
+
+
+def test_help_of_a_preset_shows_its_own_values():
+    """dcgan's learning rate, not the default of all presets."""
+    said = " ".join(run("gan.py dcgan --help").split())
+    assert "learning rate (default 0.002)" in said and "--heads" not in said
+
+
 @parametrize("line, says", [
     ("gan.py gcdan", "invalid choice: 'gcdan'"),
     ("gan.py dcgan --lr nan", "--lr nan must be positive"),
     ("gan.py dcgan --batch 1", "--batch 1 must be 2 or more"),
     ("gan.py dcgan --steps 0", "needs out/dcgan/last.pt"),
+    ("gan.py dcgan --data digits --out one --resume 0", "no run of this program: name another"),
+    ("gan.py dcgan --data digits --out foreign --resume 0", "another program; name another"),
+    ("gan.py dcgan --data digits --seed 9999999999999999999999", "not between -9e12 and 9e12"),
     ("gan.py text2img --prompt 'mauve hair red eyes'", "orange white aqua"),
     ("gan.py dcgan --data nowhere", "no data set, folder or picture nowhere"),
     ("gan.py dcgan --data empty", "holds no picture"),
@@ -542,13 +619,16 @@ def test_bad_input_is_one_line(line, says):
     for name in ("broken/a.png", "broken/a.npy", "empty/file"):
         data.write_text(name, "half")
     torch.save(Evil(), "empty/last.pt")
-    data.save_checkpoint("wide/last.pt", {}, 1, gan.config("dcgan", data="digits", h=8))
-    data.save(Image.new("RGB", (40, 40)), "one/x.png")
+    parts = dict(log=data.Log(Path(), 1))
+    data.save_checkpoint("wide/last.pt", parts, 1, gan.config("dcgan", data="digits", h=8))
+    data.save(Image.new("RGB", (40, 40)), "one/000001.png")
+    data.save_state("foreign/last.pt", dict(model=0, log=3))
     np.save("floats.npy", np.zeros((9, 8, 8)))
     for name, shape in dict(one=(1, 32, 32), colour=(9, 32, 32, 3)).items():
         np.save(name, np.zeros(shape, np.uint8))
     assert says in run(line, code=2) and not Path("pwned").exists()
     assert not {path.suffix for path in Path().rglob("*")} & {".part", ".json"}
+    assert Path("one/000001.png").exists() and Path("foreign/last.pt").exists()
 
 
 class Evil:
@@ -560,22 +640,22 @@ class Evil:
 
 # ---- data.py: files and downloads ----------------------------------------------------------------
 
-def idx(shape, raw, kind=8):
-    """A gzipped idx file."""
-    return gzip.compress(struct.pack(f">HBB{len(shape)}I", 0, kind, len(shape), *shape) + raw)
-
-
-def test_idx_files():
-    """Read exactly; cut, of another kind, longer, shorter, a bomb or a web page: one line."""
-    raw = bytes(range(18))
-    whole = idx((2, 3, 3), raw)
-    Path("x.gz").write_bytes(whole)
-    assert data.read_idx("x.gz").ravel().tolist() == [*range(18)]
-    for bad in (whole[:-9], idx((2, 3, 3), raw, 9), idx((2, 3, 2), raw), idx((2, 3, 4), raw),
-                idx((1 << 31, 9, 9), raw), b"<html>"):
-        Path("x.gz").write_bytes(bad)
-        with refused(match="no whole idx file"):
-            data.read_idx("x.gz")
+@parametrize("place, pack", [("mnist", bytes), ("mnist", gzip.compress), ("MNIST/raw", bytes)])
+def test_mnist_in_its_layouts(place, pack, monkeypatch):
+    """Unpacked, packed again, in torchvision's folder: known by its content. Another set of the
+    same name is neither read nor called damaged."""
+    pixels = bytes(16 + 784) + b"\1" * 784
+    for name, raw in ("images-idx3", pixels), ("labels-idx1", b"8 bytes.37"):
+        path = Path(place, f"t10k-{name}-ubyte" + ".gz" * (pack is gzip.compress))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pack(raw))
+        monkeypatch.setitem(data.MNIST, f"t10k-{name}", data.sha256_of(path))
+    monkeypatch.setenv("DATA_DIR", ".")
+    x, y, _ = load("mnist", 28, "test")
+    assert x.float().mean((1, 2, 3)).tolist() == [0, 1] and y.tolist() == [ord("3"), ord("7")]
+    path.write_bytes(b"KMNIST")
+    with refused(match="another file than expected, which is .*t10k-labels"):
+        load("mnist", 28, "test")
 
 
 def test_mistake_8_convert_rgb_shows_what_is_transparent():
@@ -589,33 +669,71 @@ def test_mistake_8_convert_rgb_shows_what_is_transparent():
     assert (data.read_picture("p.png", 1) == 255).all()
 
 
-def test_folders_bombs_and_fit(monkeypatch):
-    """Sub-folders are classes, any shape is cropped and scaled; a huge picture is refused."""
-    for i in range(30):
-        kind = ("red", "blue")[i % 2]
-        data.save(Image.new("RGB", (50 + i, 40), kind), f"pets/{kind}/{i}.png")
-    x, y, classes = load("pets", 32)
-    assert (len(x), len(load("pets", 32, "test")[0]), classes) == (27, 3, ["blue", "red"])
-    assert torch.equal(x[:, 0, 9, 9], 255 * y.byte())
+def test_folders_as_people_have_them(monkeypatch, capsys):
+    """Sub-folders, also linked ones, are classes; hidden files, pipes, dangling links, links that
+    lead back and a folder with the name of a picture are passed over; a comma in the name."""
+    pets = Path("cats, dogs")
+    for folder in pets / "blue", Path("red"):
+        for i in range(15):
+            path = folder / f"{i}.{['JFIF', 'TIF', 'pgm'][i % 3]}"
+            data.write_text(folder / f"._{path.name}", "made by a Mac")
+            Image.new("L", (50 + i, 40), 255 * (folder == Path("red"))).save(
+                path, ["JPEG", "TIFF", "PPM"][i % 3])
+    for name in "__MACOSX/a/1.png", "blue/readme.txt", "blue/holiday.jpg/notes.txt":
+        data.write_text(pets / name, "no picture")
+    for name, target in dict(red="../red", back=".", gone="nowhere.png").items():
+        (pets / name).symlink_to(target)
+    os.mkfifo(pets / "blue/pipe.png")
+    _, x, y, classes = data.choose("cats, dogs", 32)
+    assert "27 pictures 3 x 32 x 32  (2 other files left out)" in capsys.readouterr().out
+    assert classes == ["blue", "red"] and torch.equal(x[:, 0, 9, 9], 255 * y.byte())
+    assert len(load(pets, 32, "test")[0]) == 3
+    cfg = gan.config("dcgan", data="cats, dogs/")
+    assert str(data.run_folder("x", cfg, ["data"], ())) == "out/x-datacats++dogs"
+    assert cfg.data == "cats, dogs"
     monkeypatch.setattr(data, "MAX_PIXELS", 1000)
-    with refused(match="over 1,000 pixels"):
-        load("pets", 16)
+    with refused(match="30 of 30 pictures.*over 1,000 pixels"):
+        load(pets, 16, "all")
+
+
+def test_pictures_as_people_have_them():
+    """Damaged EXIF and megabytes of text say nothing about the pixels; a clear EXIF turns; of many
+    pictures with some damaged the line names how many and which."""
+    im = Image.new("RGB", (50, 30), "red")
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("workflow", "x" * 2_000_000, zip=True)
+    im.save("text.png", pnginfo=info, exif=b"\xff" * 20)
+    assert data.read_picture("text.png", 1).shape == (1, 30, 50)
+    turn = Image.Exif()
+    turn[0x112] = 6                             # as a phone that is held upright stores it
+    im.save("turned.jpg", exif=turn)
+    assert data.read_picture("turned.jpg").shape == (3, 50, 30)
+    Path("page.jpg").write_text("<html>")
+    Path("cut.jpg").write_bytes(Path("turned.jpg").read_bytes()[:-99])
+    with refused(match="2 of 4 pictures cannot be read.*: cut.jpg .*; page.jpg is no readable"):
+        data.read_all(["cut.jpg", "text.png", "page.jpg", "turned.jpg"], 32)
 
 
 def test_archives(monkeypatch):
-    """Tagged faces from an archive; a member that is too large and a cut archive are named."""
+    """Tagged faces from an archive that a Mac has packed, tags with BOM and header; what is too
+    large, cut or a zip is named."""
     monkeypatch.setattr(data, "DOWNLOADS", Path())
     for i in range(20):
-        data.save(Image.new("RGB", (64, 64), "red"), f"anime/images/{i}.png")
+        data.save(Image.new("RGB", (64, 64), "red"), f"anime/images/{i}.PNG")
     tags = "\n".join(f"{i},aqua hair red eyes" for i in range(20))
-    data.write_text("anime/tags.csv", tags)
+    data.write_text("anime/tags.csv", "\ufeff" + tags)
+    data.write_text("anime/._tags.csv", "Mac OS X")
     path = Path(shutil.make_archive("anime", "gztar", base_dir="anime"))
+    shutil.make_archive("anime", "zip", base_dir="anime")
     shutil.rmtree("anime")
+    with refused(match="anime.zip is not read: unpack it"):
+        load("anime", 32)
+    os.remove("anime.zip")
     assert load("anime", 32)[1].tolist() == 18 * [data.FACES.index("aqua hair red eyes")]
-    with mock.patch.object(data, "MAX_BYTES", 10), refused(match="refused"):
+    with mock.patch.object(data, "MAX_BYTES", 10), refused(match="over 10 bytes"):
         load("anime", 64)
     path.write_bytes(path.read_bytes()[:-200])
-    with refused(match="no whole archive"):
+    with refused(match="no whole .tar.gz"):
         load("anime", 64)
 
 
@@ -645,7 +763,7 @@ def test_downloads_try_mirrors_and_keep_nothing_bad(tmp_path, monkeypatch):
     path = data.fetch("x", [*bad, (tmp_path / "other").as_uri()], good)
     assert path.read_bytes() == b"other" and data.fetch("x", [], good) == path
     path.write_bytes(b"damaged")
-    with refused(match="damaged or another file"):
+    with refused(match="cut off or another file"):
         data.fetch("x", bad, good)
     server.shutdown()
 
@@ -683,11 +801,35 @@ def test_real_sets(monkeypatch):
 
 
 def test_drawn_sets():
-    """Seeded; the two styles show the same faces, in the colour of their label."""
+    """Seeded; the two styles show the same faces, in the colour of their label; three digits are
+    stacked under the label that they spell; points of the ring lie around their centres."""
     a, y = data.draw_faces("a", 5, 7, 32)
     b, _ = data.draw_faces("b", 5, 7, 32)
     assert np.array_equal(a[2:], data.draw_faces("a", 3, 9, 32)[0])
-    assert [tuple(hair) for hair in b[:, :, 8, 16]] == [data.RGB[data.HAIR[k // 11]] for k in y]
+    assert ["#%02x%02x%02x" % (*hair,) for hair in b[:, :, 8, 16]] == [
+        data.RGB[data.HAIR[k // 11]] for k in y]
+    x, y, classes = load("stacked-digits", 32, "test")
+    digits, labels, _ = load("digits", 32, "test")
+    channels = zip(x[0], classes[y[0]])
+    assert all((digits[labels == int(k), 0] == c).all((1, 2)).any() for c, k in channels)
+    distance, nearest = torch.cdist(data.to_float(load("ring", 1)[0])[..., 0, 0], data.RING).min(1)
+    assert len(x) == 10_000 and len(classes) == 1000 and nearest.bincount().min() > 2300
+    assert distance.square().mean().sqrt() == approx(.02 * 2 ** .5, rel=.02)
+
+
+def test_gif_takes_pictures_and_files():
+    """At most about 50 of them, the last one held."""
+    frames = [Image.new("RGB", (9, 9), (i, 9 * i % 256, 0)) for i in range(120)]
+    data.gif("x.gif", [data.save(frames[0], "0.png"), *frames], duration=100)
+    assert 40 < Image.open("x.gif").n_frames < 55 and Image.open("x.gif").info["duration"] == 100
+
+
+def test_networks_stay_contiguous_on_apples_gpus():
+    """There the gradient of batch norm is wrong in channels_last, which is faster elsewhere."""
+    net = mock.Mock()
+    for device, layout in ("mps", torch.contiguous_format), ("cpu", torch.channels_last):
+        data.place(net, device)
+        net.to.assert_called_with(device, memory_format=layout)
 
 
 def test_mistake_9_pictures_that_do_not_match_tanh():
