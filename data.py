@@ -382,7 +382,7 @@ def anime_set(size, split):
 
 
 def held_out(items, split):
-    """Every tenth item for the split "test", the others for "train"."""
+    """Every tenth item for the split "test", the other items for "train"."""
     return [item for i, item in enumerate(items) if (i % 10 == 9) == (split == "test")]
 
 
@@ -510,16 +510,6 @@ def draw_ring(n, seed):
     return to_uint8(x)[..., None, None]
 
 
-def stacked_set(source, size, split):
-    """Stacked MNIST (Metz 2017, sec. 3.3.1): three random digits of the set `source` are the red,
-    green and blue channel of a picture. uint8 (n, 3, size, size), labels 100 red + 10 green + blue,
-    n = 60,000, or 10,000 for the test split."""
-    x, y, _ = load(source, size, split)
-    n = 60_000 if split == "train" else 10_000
-    i = np.random.RandomState(0).randint(0, len(x), (n, 3))
-    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
-
-
 # ---- load: one name, one tensor ------------------------------------------------------------------
 
 SETS = ["mnist", "fashion", "emoji-apple", "emoji-windows", "anime", "stacked", "digits", "faces-a",
@@ -554,8 +544,11 @@ def load(name, size, split="train"):
     if name == "ring":
         return draw_ring(20_000, split == "test"), None, []
     if name.startswith("stacked"):
-        source = name[8:] or "mnist"                            # stacked-digits -> digits
-        return *stacked_set(source, size, split), [f"{k:03}" for k in range(1000)]
+        # Stacked MNIST, Metz 2017 sec. 3.3.1: three random digits as red, green and blue.
+        x, y, _ = load(name[8:] or "mnist", size, split)        # stacked-digits -> digits
+        n = 60_000 if split == "train" else 10_000
+        i = np.random.RandomState(0).randint(0, len(x), (n, 3))
+        return x[i, 0], y[i] @ torch.tensor([100, 10, 1]), [f"{k:03}" for k in range(1000)]
     return *drawn_set(name, size, split), DIGITS if name == "digits" else FACES
 
 
@@ -586,7 +579,7 @@ def choose(names, size, split="train"):
 
 
 def to_float(x):
-    """uint8 0..255 -> float32 in [-1, 1], the range of tanh."""
+    """uint8 0..255 -> float32 in [-1, 1], the range of tanh, with which generators end."""
     return x.float() * (2 / 255) - 1
 
 
@@ -602,17 +595,18 @@ COLOURS = ["#1f77b4", "#d64541", "#2c8c3c", "#ff8c00", "#8250b4", "#14a0aa", "#8
 
 
 def font(size=12):
-    """Pillow's own font, so that charts look the same everywhere."""
+    """The font that comes with Pillow, so that charts look the same on every machine."""
     return ImageFont.load_default(size)
 
 
 def write(draw, place, words, size=12, anchor="lm"):
-    """Black words; anchor: which point of them is at the place, "lm" the middle of the left."""
+    """Black words. anchor: which point of the words lies at the place (x, y), in Pillow's letters:
+    "lm" is the middle of their left edge."""
     draw.text(place, words, "black", font(size), anchor)
 
 
 def save(image, path):
-    """A Pillow image -> PNG file, atomically."""
+    """A Pillow image -> PNG file, atomically. Returns the path."""
     with atomic(path) as part:
         image.save(part, "PNG")
     return path
@@ -624,8 +618,8 @@ def as_image(x):
 
 
 def grid(images, columns):
-    """uint8 (N, C, H, W), grey or colour -> one Pillow image, row by row; pictures of 32 pixels and
-    less twice as large, so that one can see them."""
+    """uint8 (N, C, H, W), grey or colour -> one Pillow image, row by row. Pictures of up to 32
+    pixels are shown at twice their size."""
     x = images.expand(-1, 3, -1, -1).cpu()
     if x.shape[2] <= 32:
         x = F.interpolate(x, scale_factor=2)
@@ -636,8 +630,10 @@ def grid(images, columns):
 
 
 def sheet(rows, path, left=(), top=(), title="", marks=()):
-    """Rows of images with words beside and above, as a PNG. rows: uint8 (n_i, C, H, W); left: a
-    label a row; top: a label a column; marks: columns in a red frame."""
+    """Rows of images with words beside and above them, as a PNG. Returns the path.
+
+    rows: uint8 (n_i, C, H, W) each; left: a label for each row; top: a label for each column;
+    marks: numbers of the columns that get a red frame."""
     strips = [grid(row, len(row)) for row in rows]
     w = strips[0].width / len(rows[0])
     x0 = 12 + int(max(font().getlength(word) for word in ["", *left]))
@@ -707,8 +703,9 @@ def panel(draw, top, title, lines):
 
 
 def chart(path, panels):
-    """Line charts one below the other, as a PNG. panels: [(title, {name of a line:
-    (steps, ys)})]."""
+    """Line charts one below the other, as a PNG. Returns the path.
+
+    panels: [(title, {name of a line: (steps, ys)})]."""
     page = Image.new("RGB", (830, 230 * len(panels) + 20), "white")
     draw = ImageDraw.Draw(page)
     for k, (title, lines) in enumerate(panels):
@@ -718,8 +715,10 @@ def chart(path, panels):
 
 
 def scatter(path, xy, groups, group_names, labels, links, title, colours):
-    """Points (N, 2) in the colours of their groups, with a legend; labels {index: word}; links
-    [(i, j)] joined by a line. A PNG."""
+    """Points in the colours of their groups, with a legend, as a PNG. Returns the path.
+
+    xy (N, 2); groups (N,): the number of the group of each point; labels: {number of a point:
+    word}; links: [(i, j)], pairs of points that are joined by a line."""
     xy = np.asarray(xy, float)
     page = Image.new("RGB", (830, 890), "white")
     draw = ImageDraw.Draw(page)
@@ -863,7 +862,8 @@ def keep_memory():
 
 
 def device(name):
-    """torch.device by name; "auto" is the accelerator, cuda or mps, else cpu."""
+    """torch.device by name; "auto" is the GPU if there is one (cuda or mps), else the CPU.
+    UserError if it cannot be used."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(True) or "cpu"     # True: if it is there
     need(WORLD == 1 or dist.is_initialized(), "only gan.py can run under torchrun; use python")
@@ -1140,10 +1140,9 @@ def compare(folders, out):
     numbers in <out>.md. Returns the table as Markdown, a row for each run. A folder without a
     readable result is left out, and a line says so."""
     runs = {}
-    common = os.path.commonpath([Path(folder).absolute().parent for folder in folders])
     for folder in folders:
         try:
-            runs[os.path.relpath(folder, common)] = read_run(folder)
+            runs[str(folder).removeprefix("out/")] = read_run(folder)
         except UserError as e:
             print(f"left out: {e}")
     need(runs, "no finished run to compare; train one first")

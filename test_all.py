@@ -48,6 +48,7 @@ SHARED = ROOT.parent / "shared"
 CPU = torch.device("cpu")
 parametrize = pytest.mark.parametrize
 refused = partial(pytest.raises, data.UserError)
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals, links, shell")
 
 
 # ---- helpers -------------------------------------------------------------------------------------
@@ -453,6 +454,7 @@ def test_resumed_is_uninterrupted_to_the_bit(changes):
     assert not cfg.clip or saved["D"]["0.weight"].max() == approx(cfg.clip)
 
 
+@posix
 @parametrize("line", [
     "gan.py dcgan --data digits --device cpu --samples 200 --sample-every 2 --steps 8 --out ",
     "cyclegan.py --data faces --device cpu --batch 4 --pool 6 --sample-every 2 --steps 8 --out "])
@@ -470,6 +472,7 @@ def test_killed_and_resumed(line):
     assert_same_bits("whole/last.pt", "killed/last.pt")
 
 
+@posix
 def test_two_ranks_equal_one():
     """Gradients are averaged and a batch is shared: two processes train what one does."""
     line = "gan.py mlp --data digits --bn none --amp 0 --device cpu --steps 5 --samples 200 --out "
@@ -548,7 +551,7 @@ def test_errors_of_the_system_are_one_line(main, says, capsys):
     assert capsys.readouterr().err.startswith(says)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the command lines are for a POSIX shell")
+@posix
 @parametrize("line, says", [
     ("RANK=1 {}gan.py mlp --steps 0", "error: nothing is trained"),
     ("RANK=0 WORLD_SIZE=2 TORCHELASTIC_RUN_ID=1 {}cyclegan.py", "error: only gan.py can run under"),
@@ -668,6 +671,7 @@ def test_mistake_8_convert_rgb_shows_what_is_transparent():
     assert (data.read_picture("p.png", 1) == 255).all()
 
 
+@posix
 def test_folders_as_people_have_them(monkeypatch, capsys):
     """Sub-folders, also linked ones, are classes; hidden files, pipes, dangling links, links that
     lead back and a folder with the name of a picture are passed over; a comma in the name."""
