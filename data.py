@@ -905,8 +905,9 @@ def restore(parts, path, cfg, free, device):
         if not running(part):
             part.unlink(missing_ok=True)
     if not cfg.resume and path.is_file() and RANK == 0:
-        for name in [*load_checkpoint(path)["log"]["grids"], "log.csv", "result.json", "last.pt"]:
-            path.with_name(name).unlink(missing_ok=True)
+        grids = [sample_path(path.parent, n) for n in load_checkpoint(path)["log"]["grids"]]
+        for file in [*grids, path.parent / "log.csv", path.parent / "result.json", path]:
+            file.unlink(missing_ok=True)
     state = load_checkpoint(path, device) if path.is_file() else dict(step=0)
     if state["step"] == 0:
         need(cfg.steps, f"nothing is trained yet: this needs {path}, and no --resume 0")
@@ -931,14 +932,19 @@ def restore(parts, path, cfg, free, device):
     return state["step"]
 
 
+def sample_path(out, step):
+    """Where the sample picture of a step lies: 000001.png and so on."""
+    return out / f"{step:06d}.png"
+
+
 def grad_norm(net):
     """L2 norm of all gradients of a network as one vector."""
     return torch.stack([p.grad.norm() for p in net.parameters()]).norm()
 
 
 class Log:
-    """The numbers of a run: rows (a dict for each logged step), seconds of training, and the names
-    of the sample pictures. It is saved in last.pt as one of the parts; log.csv is for the user and
+    """The numbers of a run: rows (a dict for each logged step), seconds of training, and the steps
+    at which it wrote a sample picture (grids). It is saved in last.pt as one of the parts; log.csv is for the user and
     is never read."""
 
     def __init__(self, out, total):
@@ -961,10 +967,9 @@ class Log:
 
     def grid(self, step):
         """The path for the sample picture of a step, 000001.png and so on; the run owns it now."""
-        path = self.out / f"{step:06d}.png"
-        if path.name not in self.grids:
-            self.grids.append(path.name)
-        return path
+        if step not in self.grids:
+            self.grids.append(step)
+        return sample_path(self.out, step)
 
     def table(self):
         """Name of a column -> its numbers."""
@@ -972,7 +977,7 @@ class Log:
         return {name: [row[name] for row in self.rows] for name in names}
 
     def save(self, **record):
-        """result.json: this record, the table and the names of the sample pictures."""
+        """result.json: this record, the table and the steps with a sample picture."""
         write_json(self.out / "result.json", dict(record, log=self.table(), grids=self.grids))
 
     def blew_up(self, step):
@@ -1022,7 +1027,7 @@ def finish(out, cfg, log, nets, metrics, panels, headline):
             shown.append((title, lines))
     if shown:
         chart(out / "curves.png", shown)
-    grids = [out / name for name in log.grids if (out / name).is_file()]
+    grids = [path for path in (sample_path(out, step) for step in log.grids) if path.is_file()]
     if grids:
         gif(out / "training.gif", grids)
         print(f"samples  {grids[0]} ... {grids[-1].name}")
@@ -1044,8 +1049,8 @@ def read_run(folder):
     need(path.is_file(), f"{folder} is no finished run (no result.json); train it first")
     record = json.loads(path.read_text())
     picture = Image.new("RGB", (400, 400), "white")             # if it blew up before the first
-    for name in record.get("grids", []):
-        picture = Image.open(folder / name).convert("RGB")
+    for step in record.get("grids", []):
+        picture = Image.open(sample_path(folder, step)).convert("RGB")
     return folder.name, record, picture, record.get("log", {})
 
 

@@ -171,29 +171,30 @@ def test_mlp_has_its_layers():
 
 @parametrize("preset", gan.PRESETS)
 def test_presets_make_pictures_and_logits(preset):
-    """As the course has it and as one would do it today; then D has no batch norm."""
+    """As the course has it and as one would do it today; then D has no batch norm. G takes noise
+    of both shapes, (N, z) and the handouts' (N, z, 1, 1)."""
     for modern in (0, 1):
         cfg = gan.config(preset, modern)
         G, D = gan.networks(cfg)
         c = torch.zeros(2, sum(cfg.heads))
         side = gan.NETS[cfg.net][1]
-        x = G(torch.cat([torch.randn(2, cfg.z), c], 1))
+        z = torch.randn(2, cfg.z)
+        x = gan.play_G(G, z, c)
         assert x.shape == (2, cfg.channels, side, side)
-        logits = gan.judge(D, c, cfg, x)
-        assert logits.shape == (2, 1 + c.shape[1] * (cfg.cond == "ac"))
-        assert torch.equal(gan.judge(D, c, cfg, x), logits) != cfg.augment
-    assert "BatchNorm" not in str(D) and cfg.augment == (cfg.channels == 3)
+        assert torch.equal(G.eval()(torch.cat([z, c], 1)[..., None, None]), gan.play_G(G, z, c))
+        assert gan.play_D(D, cfg, x, c).shape == (2, 1 + c.shape[1] * (cfg.cond == "ac"))
+    assert "BatchNorm" not in str(D)
 
 
-def test_surgery():
+def test_settings_change_the_networks():
     """Width, initial weights, activations, batch norm, spectral norm, raw pictures, noise."""
     G, _ = build("dcgan", h=100)
-    assert .019 < G[4].weight.std() < .021 and G[5].weight.mean() > .9
+    assert .019 < G[5].weight.std() < .021 and G[6].weight.mean() > .9
     G, D = build("anime", h=4, act="selu", bn="D")
     assert str(G).count("SELU") == 4 and str(D).count("BatchNorm") == 3
     assert "BatchNorm" not in str(G)
     for sn, layers in ("D", 4), ("both", 8):
-        assert str(build("dcgan", sn=sn)).count("SpectralNorm") == layers
+        assert str(build("dcgan", sn=sn)).count("SpectralWeight") == layers
     G, D = build("dcgan", raw=1)
     x = G(torch.randn(4, 16))
     assert_close(D[0](x), (x + 1) * 127.5, atol=1e-3, rtol=0)     # D sees 0 .. 255
@@ -203,34 +204,52 @@ def test_surgery():
         assert low <= z.min() < low + .01 and .99 < z.max() < 1
 
 
-# ---- gan.py: losses and restraints ---------------------------------------------------------------
+# ---- gan.py: losses and penalties ----------------------------------------------------------------
+
+def at_rest(*nets):
+    """Optimisers that change nothing."""
+    return [torch.optim.SGD(net.parameters(), 0.) for net in nets]
+
 
 def losses(real, fake):
-    """Each loss of gan.py at these logits."""
-    return [gan.d_bce(real, fake), gan.g_bce(fake), gan.g_saturating(fake),
-            gan.d_lsgan(real, fake), gan.g_lsgan(fake), gan.d_wgan(real, fake), gan.g_wgan(fake),
-            gan.d_relativistic(real, fake), gan.g_relativistic(real, fake)]
+    """What D and what G minimise in each training step of gan.py, where D answers these logits: the
+    identity plays both networks, on a batch whose pictures and noise are the logits."""
+    G, D = nets = [nn.PReLU(init=1.) for _ in range(2)]
+    found = []
+    for step in (gan.step_gan, partial(gan.step_gan, saturating=True), gan.step_lsgan,
+                 partial(gan.step_wgan, clip=1.), gan.step_wgan_gp, gan.step_r3gan):
+        for shape in (-1,), (-1, 1):                            # D may answer (N,) or (N, 1)
+            last = step(G, lambda x: D(x).view(shape), *at_rest(*nets),
+                        lambda: (real[:, None], fake[:, None]))
+            found += [last["D"].detach(), last["G"].detach()]
+    return found
 
 
 def test_losses_are_their_equations():
     """Against sigmoid and logarithm, squares and means."""
-    real, fake = torch.randn(2, 64, dtype=torch.double)
+    real, fake = torch.randn(2, 64)
     p = real.sigmoid()
     q = fake.sigmoid()
     pair = (real - fake).sigmoid()
-    assert_close(losses(real, fake), [
-        -p.log().mean() - (1 - q).log().mean(), -q.log().mean(), (1 - q).log().mean(),
-        ((real - 1) @ (real - 1) + fake @ fake) / 128, (fake - 1) @ (fake - 1) / 64,
-        fake.mean() - real.mean(), -fake.mean(),
-        -pair.log().mean(), -(1 - pair).log().mean()])
+    wanted = [(-p.log().mean() - (1 - q).log().mean(), -q.log().mean()),
+              (-p.log().mean() - (1 - q).log().mean(), (1 - q).log().mean()),
+              (((real - 1) @ (real - 1) + fake @ fake) / 128, (fake - 1) @ (fake - 1) / 64),
+              (fake.mean() - real.mean(), -fake.mean()), (fake.mean() - real.mean(), -fake.mean()),
+              (-pair.log().mean(), -(1 - pair).log().mean())]
+    assert_close(losses(real, fake), [loss for both in wanted for loss in 2 * both])
 
 
 def test_mistake_1_sigmoid_before_a_loss_on_logits():
-    """At D = 1/2 the loss is 2 ln 2 and falls to 0; with a sigmoid before it, it cannot."""
+    """At D = 1/2 the loss is 2 ln 2 and falls to 0; with a sigmoid before it, it cannot. A D that
+    got a sigmoid goes with BCELoss, ours with BCEWithLogitsLoss."""
     zero = torch.zeros(4)
     sure = torch.full((4,), 20.)
-    assert abs(gan.d_bce(zero, zero) - 2 * math.log(2)) < 1e-6 and gan.d_bce(sure, -sure) < 1e-6
-    assert gan.d_bce(sure.sigmoid(), (-sure).sigmoid()) > 1
+    assert abs(losses(zero, zero)[0] - 2 * math.log(2)) < 1e-6 and losses(sure, -sure)[0] < 1e-6
+    assert losses(sure.sigmoid(), (-sure).sigmoid())[0] > 1
+    _, D = build("dcgan", h=4)
+    x = torch.randn(4, 1, 32, 32)
+    ones = torch.ones(4, 1)
+    assert_close(nn.BCEWithLogitsLoss()(D(x), ones), nn.BCELoss()(D.append(nn.Sigmoid())(x), ones))
 
 
 def test_mistake_2_a_sum_where_the_equation_has_a_mean():
@@ -240,28 +259,32 @@ def test_mistake_2_a_sum_where_the_equation_has_a_mean():
 
 
 def test_mistake_3_eps_and_eps_do_not_interpolate():
-    """x_hat = eps x + (1 - eps) x_fake, one eps a sample. The slope of |x|^2 / 2 is |x|: between
-    lengths 1 and 2 the penalty is E (1 - eps)^2 = 1/3; with eps and eps it is 1."""
+    """x_hat = eps x + (1 - eps) x_fake, one eps per sample. The slope of |x|^2 / 2 is |x|: between
+    lengths 1 and 2 the penalty is E (1 - eps)^2 = 1/3. With alpha and alpha, as some solutions have
+    it, x_hat is anywhere between lengths 0 and 3, and its mean length is 3/2."""
     x = torch.full((100_000, 4), .5)
-    penalty = gan.gradient_penalty(lambda x: (x ** 2).sum(1) / 2, x, 2 * x)
-    assert abs(penalty - 1 / 3) < .01
+    half_square = lambda x: (x ** 2).sum(1) / 2
+    assert abs(gan.gradient_penalty(half_square, x, 2 * x) - 1 / 3) < .01
+    assert abs(gan.mean_norm_penalty(half_square, x, 2 * x) - 1.5) < .01
+    assert gan.mean_norm_penalty(half_square, x, -x) == 0           # where 1 - alpha would not be 0
 
 
 @parametrize("shape", [(5, 12), (5, 3, 2, 2)])
 def test_mistake_4_the_norm_instead_of_its_distance_to_1(shape):
     """A linear critic's penalty is (|w| - 1)^2, 0 at slope 1; the norm would pull D flat. R1 is
-    |w|^2 / 2."""
+    |w|^2 / 2. --penalty chooses one."""
     D = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
     x, x_fake = torch.randn(2, *shape)
     norm = D[1].weight.norm()
-    assert_close(gan.gradient_penalty(D, x, x_fake), (norm - 1) ** 2)
-    assert_close(gan.r1_penalty(D, x), norm ** 2 / 2)
+    for name, wanted in ("gp", (norm - 1) ** 2), ("r1", norm ** 2 / 2), ("mean-norm", norm):
+        chosen = gan.step_settings(gan.config("emoji", penalty=name), 1)["penalty"]
+        assert_close(chosen(D, x, x_fake), wanted)
 
 
 @parametrize("layer, dim", [(nn.Conv2d(3, 8, 4), 0), (nn.ConvTranspose2d(8, 3, 4), 1)])
 def test_spectral_norm_is_the_largest_singular_value(layer, dim):
     """W / sigma(W) has the largest singular value 1; evaluation iterates no further. BigGAN's."""
-    gan.spectral_norm([layer])
+    assert gan.spectral_norm(layer) is layer
     big = biggan_interp.Spectral(16, 8, 3, 3)
     nn.init.normal_(big.weight_orig)
     with torch.autocast("cpu"):                     # bfloat16, but not here
@@ -274,18 +297,27 @@ def test_spectral_norm_is_the_largest_singular_value(layer, dim):
 
 
 def test_conditions_and_the_auxiliary_classifier():
-    """One-hots side by side; ln 12 + ln 11 of a D that knows nothing, 0 of one that knows all."""
+    """One-hots side by side; ln 12 + ln 11 of a D that knows nothing, 0 of one that knows all. D
+    learns the classes from real pictures only, G from its own."""
     heads = 12, 11
     c = gan.condition(torch.tensor([37, 131]), heads)       # hair 3, eyes 4; hair 11, eyes 10
     assert c.nonzero().tolist() == [[0, 3], [0, 16], [1, 11], [1, 22]]
+    assert torch.equal(gan.condition(torch.tensor([1, 0]), 2), torch.eye(2).flip(0))
     assert abs(gan.ac_loss(0 * c, c, heads) - math.log(132)) < 1e-5
-    assert gan.ac_loss(99 * c, c, heads) == 0
+    assert gan.ac_loss(99 * c, c, heads) == 0 == gan.ac_loss(99 * c[:, :12], c[:, :12], 12)
     x = gan.planes(torch.zeros(2, 3, 4, 4), c)
     assert torch.equal(x[..., 0, 3], F.pad(c, (3, 0)))      # three channels, then c
+    for step in gan.step_acgan, gan.step_r3gan:
+        G, D = nets = nn.PReLU(), nn.Linear(1, 24)
+        with mock.patch.object(gan, "ac_loss", side_effect=gan.ac_loss) as named:
+            last = step(lambda z, c: G(z), lambda x, c=None: D(x), *at_rest(*nets),
+                        lambda: (torch.ones(2, 1), -torch.ones(2, 1), c), heads=heads)
+        assert_close([call.args[0] for call in named.mock_calls],
+                     [D(x)[:, 1:] for x in (last["x"], last["x_fake"])])
 
 
 def test_diff_augment():
-    """Own colours and an own shift of up to an eighth a picture."""
+    """Every picture has its own colours and its own shift of up to an eighth."""
     y = gan.diff_augment(torch.tensor([.5, 0, -.5]).view(1, 3, 1, 1).repeat(512, 1, 32, 32))
     red, green, blue = y[:, :, 16, 16].T
     strength = red - blue                           # saturation, 0 to 2, times contrast
@@ -295,7 +327,7 @@ def test_diff_augment():
     assert {*seen.any(1).sum(1).tolist()} == {*seen.any(2).sum(1).tolist()} == {*range(28, 33)}
 
 
-# ---- gan.py: the game ----------------------------------------------------------------------------
+# ---- gan.py: the training steps ------------------------------------------------------------------
 
 def small(preset="dcgan", modern=0, **changes):
     """The config of a run of seconds."""
@@ -303,66 +335,135 @@ def small(preset="dcgan", modern=0, **changes):
     return gan.config(preset, modern, **cfg | changes)
 
 
-def drawn(cfg, *sets):
-    """The batches that train draws in its steps, one of each set."""
-    for step in range(1, cfg.steps + 1):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)
-        yield [x[torch.randint(len(x), (cfg.batch,))] / 127.5 - 1 for x in sets]
+def seeded(cfg, steps):
+    """The states of a textbook loop, a generator, after each of train's steps, with its seeds."""
+    for step in range(cfg.steps + 1):
+        if step:
+            torch.manual_seed(cfg.seed * 1_000_003 + step)
+        yield next(steps)
+
+
+def some(x, n):
+    """n random pictures of uint8 x, in [-1, 1]."""
+    return x[torch.randint(len(x), (n,))] / 127.5 - 1
 
 
 def take_step(opt, loss):
-    """One step of an optimiser down a loss."""
+    """One step of an optimiser that reduces a loss."""
     opt.zero_grad()
     loss.backward()
     opt.step()
 
 
-def textbook_gan(cfg, batches):
-    """The game in the plainest words, as tutorials have it: float32 NCHW, sigmoid and BCELoss,
-    plain Adam, .item() each step; or relativistic. Penalties. Yields (G, D) after a step."""
+def textbook_gan(cfg, draw):
+    """The training loop in the plainest words, as tutorials have it: float32 NCHW, sigmoid and
+    BCELoss, plain Adam, .item() each step. draw() gives real pictures. Yields (G, D) before the
+    first step and after each."""
     torch.manual_seed(cfg.seed)
     G, D = gan.networks(cfg)
-    opt_G, opt_D = [torch.optim.Adam(net.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
-                    for net in (G, D)]
+    opt_G = torch.optim.Adam(G.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
+    opt_D = torch.optim.Adam(D.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
+    if cfg.d_opt == "rmsprop":
+        opt_D = torch.optim.RMSprop(D.parameters(), cfg.lr)
     bce = nn.BCELoss()
+    mse = nn.MSELoss()
     ones = torch.ones(cfg.batch, 1)
-    pairs = cfg.loss == "relativistic"
-    for step, (x,) in enumerate(batches, 1):
-        x_fake = G(torch.randn(cfg.batch, cfg.z))
-        real, fake = D(x), D(x_fake.detach())
-        if pairs:
-            loss_D = bce((real - fake).sigmoid(), ones)
-        else:
-            loss_D = bce(real.sigmoid(), ones) + bce(fake.sigmoid(), 0 * ones)
-        if cfg.gp:
-            loss_D += cfg.gp * gan.gradient_penalty(D, x, x_fake)
-        if cfg.r1 and step % 2 == 0:
-            penalty = cfg.r1 * gan.r1_penalty(D, x) + cfg.r2 * gan.r1_penalty(D, x_fake)
-            loss_D += 2 * penalty
-        take_step(opt_D, loss_D)
-        if cfg.fresh:
+    yield G, D
+    while True:
+        for _ in range(cfg.d_steps):
+            x = draw()
             x_fake = G(torch.randn(cfg.batch, cfg.z))
-        after = D(x_fake) - D(x) if pairs else D(x_fake)
-        loss_G = bce(after.sigmoid(), ones)
+            real, fake = D(x), D(x_fake.detach())
+            loss_D = {
+                "gan": lambda: bce(real.sigmoid(), ones) + bce(fake.sigmoid(), 0 * ones),
+                "lsgan": lambda: (mse(real, ones) + mse(fake, 0 * ones)) / 2,
+                "wgan": lambda: -real.mean() + fake.mean(),
+                "wgan-gp": lambda: -real.mean() + fake.mean(),
+                "r3gan": lambda: bce((real - fake).sigmoid(), ones),
+            }[cfg.loss]()
+            if cfg.gp:
+                loss_D += cfg.gp * gan.gradient_penalty(D, x, x_fake)
+            if cfg.r1:                              # lazily: every 2nd step here, twice as strong
+                due = 2 * (torch.initial_seed() % 1_000_003 % 2 == 0)
+                loss_D += due * cfg.r1 * gan.r1_penalty(D, x)
+                loss_D += due * cfg.r2 * gan.r1_penalty(D, x_fake)
+            take_step(opt_D, loss_D)
+            if cfg.clip:
+                for w in D.parameters():
+                    w.data.clamp_(-cfg.clip, cfg.clip)
+        if cfg.loss == "lsgan":                     # the emoji handout draws noise anew
+            draw()
+            x_fake = G(torch.randn(cfg.batch, cfg.z))
+        after = D(x_fake)
+        loss_G = {"gan": lambda: bce(after.sigmoid(), ones), "lsgan": lambda: mse(after, ones),
+                  "wgan": lambda: -after.mean(), "wgan-gp": lambda: -after.mean(),
+                  "r3gan": lambda: bce((after - D(x)).sigmoid(), ones)}[cfg.loss]()
         take_step(opt_G, loss_G)
         loss_G.item()
         yield G, D
 
 
 @parametrize("changes", [
-    {}, dict(fresh=1, gp=9.),
-    dict(modern=1, penalty_every=2, r2=9., init="default")])
-def test_mistake_5_no_detach_and_the_order_of_the_game(changes, tmp_path):
-    """Two steps equal a reference: D's step leaves G alone, G plays the same fakes against the D
-    just improved."""
+    {}, dict(r1=9., penalty_every=2), dict(loss="lsgan", gp=9.), dict(loss="wgan", g_opt="adam"),
+    dict(loss="wgan-gp"), dict(modern=1, penalty_every=2, r2=9., init="default")])
+def test_mistake_5_no_detach_and_the_order_of_the_updates(changes, tmp_path):
+    """Two steps of each loss equal a reference: D's update leaves G alone, and G is then scored, on
+    the same fakes, by the updated D."""
     cfg = small(**changes)
     x_all = images()
     *nets, log = gan.train(cfg, x_all, torch.zeros(40).long(), tmp_path, CPU)
     assert log.rows[0]["D"] < 2                             # without the penalty
-    *_, by_hand = textbook_gan(cfg, drawn(cfg, x_all))
+    *_, by_hand = seeded(cfg, textbook_gan(cfg, lambda: some(x_all, cfg.batch)))
     inputs = torch.randn(8, cfg.z), torch.randn(8, 1, 32, 32)
     for net, reference, at in zip(nets, by_hand, inputs):
         assert_close(net(at), reference(at), rtol=0, atol=1e-5)
+
+
+def test_bfloat16_scores_by_the_updated_D():
+    """Autocast keeps bfloat16 copies of the weights. They are old once an optimiser has moved."""
+    G, D = nets = build("mlp", h=4)
+    opt_G, opt_D = [torch.optim.SGD(net.parameters(), 1.) for net in nets]
+    batch = torch.randn(8, 1, 32, 32), torch.randn(8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        last = gan.step_gan(G, D, opt_G, opt_D, lambda: batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(last["after"], D(last["x_fake"]))
+
+
+@parametrize("preset", ["dcgan", "emoji", "text2img", "cwgan", "ring"])
+@parametrize("loss", gan.LOSSES)
+def test_every_loss_trains_on_every_network_or_is_refused(preset, loss, tmp_path):
+    """Class logits that nobody reads are refused. A condition that D sees goes with every loss."""
+    cfg = small(preset, loss=loss, steps=1)
+    if preset == "text2img" and loss not in ("acgan", "r3gan"):
+        with refused(match="--cond planes"):
+            gan.check(cfg, {})
+        cfg = small(preset, loss=loss, steps=1, cond="planes")
+    if loss == "acgan" and not cfg.heads:
+        cfg.heads = (10,)
+    gan.check(cfg, {})
+    x = images(40, cfg.channels, gan.NETS[cfg.net][1])
+    cfg.augment = 1 if cfg.channels == 3 else 0
+    *_, log = gan.train(cfg, x, torch.arange(40) % 10, tmp_path, CPU)
+    assert len(log.rows) == 1 and (tmp_path / "000001.png").is_file()
+
+
+def test_settings_of_the_paper_the_preset_and_the_user():
+    """A loss brings what its paper recommends, flags that are typed win, and a flag that the loss
+    does not read is an error."""
+    cfg = gan.config("dcgan", loss="wgan", d_steps=3)
+    assert (cfg.clip, cfg.d_opt, cfg.d_steps, cfg.lr) == (.01, "rmsprop", 3, 5e-5)
+    assert gan.config("wgan").lr == 2e-4                    # its preset names the loss: the course's
+    today = gan.config("anime", 1, lr=1e-3)
+    assert (today.loss, today.r2, today.lr, today.beta1) == ("r3gan", .3, 1e-3, 0)
+    plain = gan.config("anime", 1, loss="gan")              # today's recipe with another loss
+    assert (plain.loss, plain.r2, plain.lr) == ("gan", .3, 5e-4)
+    assert gan.config("ring", loss="wgan").lr == gan.config("ring").lr
+    assert gan.step_settings(today, 4)["r1"] == 4 * .3 and gan.step_settings(today, 5)["r1"] == 0
+    for loss, flags in ("gan", {"clip", "gp", "penalty", "d_steps"}), ("wgan", {"gp", "r1"}):
+        for name in flags:
+            with refused(match=f"{name.replace('_', '-')} has no effect on --loss {loss}"):
+                gan.check(gan.config("dcgan", loss=loss), {name: 1})
 
 
 def test_mistake_6_samples_in_training_mode():
@@ -374,31 +475,42 @@ def test_mistake_6_samples_in_training_mode():
     assert not torch.allclose(G(z)[:1], G(z[:2])[:1])
 
 
-def test_mistake_7_real_and_fake_in_one_batch(tmp_path, monkeypatch):
-    """Batch norm of D in one pass over both would mix their statistics: D has a pass for the real,
-    the fake, and G's step. It learns classes from the real, G from its own."""
-    passes = []
-    named = []
-    judge = gan.judge
-    ac_loss = gan.ac_loss
-    monkeypatch.setattr(gan, "judge", lambda *a: passes.append(judge(*a)) or passes[-1])
-    monkeypatch.setattr(gan, "ac_loss", lambda *a: named.append(a[0]) or ac_loss(*a))
-    cfg = small("text2img", steps=1, d_steps=2)
-    gan.train(cfg, images(40, 3, 64), torch.arange(40), tmp_path, CPU)
-    assert [len(logits) for logits in passes] == 5 * [cfg.batch]
-    assert_close(named, [passes[i][:, 1:] for i in (0, 2, 4)])
+@parametrize("loss, passes", [("gan", 3), ("lsgan", 3), ("wgan", 11), ("acgan", 3), ("r3gan", 4)])
+def test_mistake_7_real_and_fake_in_one_batch(loss, passes, tmp_path, monkeypatch):
+    """Batch norm of D in one pass over both would mix their statistics: D has a pass of its own for
+    real pictures, for fakes, and for G's step."""
+    seen = []
+    play_D = gan.play_D
+    monkeypatch.setattr(gan, "play_D", lambda *a: seen.append(len(a[2])) or play_D(*a))
+    cfg = small(loss=loss, steps=1, r1=0., r2=0., heads=(10,) if loss == "acgan" else ())
+    gan.train(cfg, images(), torch.arange(40) % 10, tmp_path, CPU)
+    assert seen == passes * [cfg.batch]
 
 
 def test_average_and_refresh(tmp_path):
-    """theta_ema = decay theta_ema + (1 - decay) theta; batch-norm statistics from its weights."""
+    """theta_ema = decay theta_ema + (1 - decay) theta, with a decay of 1 / 11 in the first step;
+    batch norm statistics from its weights."""
     cfg = small(ema=.9, steps=1)
     torch.manual_seed(cfg.seed)
     first, _ = gan.networks(cfg)
     G_ema, *_ = gan.train(cfg, images(), torch.zeros(40).long(), tmp_path, CPU)
     last = data.load_checkpoint("last.pt")["G"]
-    assert_close(G_ema[1].weight, .9 * first[1].weight + .1 * last["1.weight"])
-    h = G_ema[:2](torch.randn(10_000, 8))           # what the first batch norm sees, (N, 16, 4, 4)
-    assert_close(G_ema[2].running_var, h.var((0, 2, 3)), atol=0, rtol=.05)
+    assert_close(G_ema[2].weight, first[2].weight / 11 + last["2.weight"] * 10 / 11)
+    h = G_ema[:3](torch.randn(10_000, 8))           # what the first batch norm sees, (N, 16, 4, 4)
+    assert_close(G_ema[3].running_var, h.var((0, 2, 3)), atol=0, rtol=.05)
+
+
+def test_ring_counts_modes_and_good_points():
+    """A mode needs a fifth of its share; a point is good within 4 standard deviations, 0.08."""
+    x = data.RING.repeat(100, 1)
+    assert gan.found(x) == (8, 1)
+    x[7::8] = x[0]                                  # the eighth centre is lost
+    x[1] += torch.tensor([.079, 0])
+    x[2] += torch.tensor([0, .081])
+    modes, good = gan.found(x[..., None, None])
+    assert modes == 7 and good == approx(799 / 800)
+    x[6::8][19:] = 0                                # 19 of 100 points: less than a fifth
+    assert gan.found(x)[0] == 6
 
 
 def test_between_prompts_and_ends():
@@ -421,7 +533,7 @@ def test_compare_and_a_run_that_blows_up():
     each one's samples, their curves over each other."""
     line = "gan.py mlp --data digits --h 4 --log-every 1 --samples 200 --out "
     run(line + "sound --steps 2")
-    assert "blew up" in run(line + "sick --loss wgan --lr 1e3", code=2)
+    assert "blew up" in run(line + "sick --loss lsgan --lr 1e9", code=2)
     assert data.load_checkpoint("sick/last.pt")["step"] == 1
     done = run("data.py compare sound sick --out both")
     assert "| sound | 2 |" in done and "| blew up at |\n" in done
