@@ -1087,23 +1087,38 @@ def compare(folders, out):
     return "\n".join(table)
 
 
+def tile(folders, out, columns=4):
+    """The sample pictures of several runs of the same length side by side: the last ones on
+    <out>.png, and those of each step as one frame of <out>.gif."""
+    frames = []
+    for step in read_run(folders[0])[1]["grids"]:
+        pages = [read_picture(sample_path(Path(folder), step)) for folder in folders]
+        frames.append(grid(torch.stack(pages), columns))
+    save(frames[-1], f"{out}.png")
+    gif(f"{out}.gif", frames, 100)
+
+
 @dataclasses.dataclass
 class Command:
-    """What `python data.py show` and `python data.py compare` are told."""
-    words: tuple = ()               # of show NAME FILE.png, of compare RUN RUN ...
-    out: str = "out/compare"        # of compare, without .png
+    """What `python data.py show`, `compare` and `tile` are told."""
+    words: tuple = ()               # of show NAME FILE.png, of compare and tile RUN RUN ...
+    out: str = "out/compare"        # of compare and tile, without .png
     size: int = 32                  # of show, pixels a side
 
 
 def main(argv=None):
-    """The command line: show, compare."""
-    do, changes = arguments(Command, argv, dict(show=Command, compare=Command), positional="words")
+    """The command line: show, compare, tile."""
+    commands = dict.fromkeys(("show", "compare", "tile"), Command)
+    do, changes = arguments(Command, argv, commands, positional="words")
     a = Command(**changes)
     need(len(a.words) > (do == "show"), f"{do} what? python data.py --help has examples")
     if do == "show":
         _, images, _, _ = choose(a.words[0], a.size)
         images = images[:: 1 + len(images) // 100]
         print("wrote", save(grid(images, 10), a.words[1]))
+    elif do == "tile":
+        tile(a.words, a.out)
+        print(f"wrote {a.out}.png {a.out}.gif")
     else:
         print(compare(a.words, a.out))
         print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")

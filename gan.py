@@ -58,6 +58,7 @@ from data import EYES, FACES, HAIR, need, to_float, to_uint8
 # ---- config --------------------------------------------------------------------------------------
 
 Loss = Literal["gan", "saturating", "lsgan", "wgan", "wgan-gp", "acgan", "r3gan"]
+Net = Literal["dcgan", "emoji", "anime", "mnist28", "mlp", "ring", "ring3"]
 Optimiser = Literal["adam", "rmsprop", "sgd"]
 
 
@@ -84,7 +85,7 @@ class GANConfig:
     draw: int = 0                   # only draw this many pictures, into drawn/, with a trained G
     prompt: str = ""                # only draw a row of faces, e.g. "blue hair green eyes"
     # ---- the networks
-    net: Literal["dcgan", "emoji", "anime", "mnist28", "mlp", "ring"] = "dcgan"     # G and D
+    net: Net = "dcgan"              # G and D, a name in NETS
     channels: int = 1               # channels of a picture
     heads: tuple = ()               # sizes of the one-hot vectors; (12, 11) for hair and eyes
     z: int = 16                     # length of the noise vector, the input of G
@@ -145,7 +146,8 @@ PRESETS = {  # the settings that differ from the defaults above
                   sample_every=250),
     # Eight Gaussians on a circle, and three digits in one picture (Metz 2017): to count modes.
     "ring": dict(data="ring", net="ring", channels=2, z=2, h=128, init="default", batch=256,
-                 lr=1e-3, beta2=.99, ema=.98, steps=2000, sample_every=50),
+                 lr=1e-3, beta2=.99, g_opt="adam", d_opt="adam", ema=.98, gp=.1, penalty_every=1,
+                 steps=2000, sample_every=50),
     "stacked": dict(SPEEDRUN, data="stacked,stacked-digits", channels=3, z=100, steps=15000,
                     sample_every=1000, samples=26000),
 }
@@ -351,25 +353,17 @@ def mlp(z=16, h=128, c=1, out=1):
     return G, D
 
 
-def ring(z=2, h=128, c=2, out=1):
+def ring(z=2, h=128, c=2, out=1, g_layers=2, d_layers=1):
     """Points in the plane, as pictures of two channels and one pixel. D has only one hidden layer,
     so weak that the losses differ in what they make of it."""
-    G = nn.Sequential(
-        nn.Flatten(),                                           # takes (N, z) and (N, z, 1, 1)
-        nn.Linear(z, h),
-        nn.ReLU(),
-        nn.Linear(h, h),
-        nn.ReLU(),
-        nn.Linear(h, c),
-        nn.Tanh(),
-        nn.Unflatten(1, (c, 1, 1)),                             # (N, c) -> (N, c, 1, 1)
-    )
-    D = nn.Sequential(
-        nn.Flatten(),                                           # (N, c)
-        nn.Linear(c, h),
-        nn.LeakyReLU(.2),
-        nn.Linear(h, out),                                      # logits (N, out)
-    )
+    G = nn.Sequential(nn.Flatten(), nn.Linear(z, h), nn.ReLU())     # (N, z) -> (N, h)
+    D = nn.Sequential(nn.Flatten(), nn.Linear(c, h), nn.LeakyReLU(.2))
+    for _ in range(g_layers - 1):
+        G.extend([nn.Linear(h, h), nn.ReLU()])
+    for _ in range(d_layers - 1):
+        D.extend([nn.Linear(h, h), nn.LeakyReLU(.2)])
+    G.extend([nn.Linear(h, c), nn.Tanh(), nn.Unflatten(1, (c, 1, 1))])      # (N, c, 1, 1)
+    D.append(nn.Linear(h, out))                                     # logits (N, out)
     return G, D
 
 
@@ -384,7 +378,8 @@ def init(m):
 
 # The networks by name, and the side of their pictures in pixels.
 NETS = {"dcgan": (dcgan, 32), "emoji": (emoji, 32), "anime": (anime, 64), "mnist28": (mnist28, 28),
-        "mlp": (mlp, 32), "ring": (ring, 1)}
+        "mlp": (mlp, 32), "ring": (ring, 1),
+        "ring3": (partial(ring, g_layers=3, d_layers=3), 1)}
 
 
 # ---- noise and conditions ------------------------------------------------------------------------
@@ -815,7 +810,8 @@ def config(preset, modern=0, **changes):
     modern=1 those of MODERN; if changes name another loss, those that its paper recommends
     (LOSSES); the changes themselves.
 
-    On the ring every loss uses the preset's own optimiser, so that only the losses differ."""
+    On the ring the preset's row wins over the paper's settings: every loss has the same optimiser,
+    and the weights of the penalties fit points instead of pictures."""
     fields = dict(PRESETS[preset])
     if modern:
         fields |= MODERN
@@ -938,7 +934,7 @@ def statistics(cfg, nets, x, x_fake, D, G, real, fake, after):
         row |= {"sat real": saturation(x), "sat fake": saturation(x_fake)}
     if cfg.loss.startswith("wgan"):
         row["W"] = d_real - d_before
-    if cfg.net == "ring":
+    if cfg.preset == "ring":
         row["modes"], row["good"] = found(x_fake)
     return row
 
@@ -955,7 +951,7 @@ def train(cfg, images, labels, out, device):
     opt_G = optimiser(cfg.g_opt, G, cfg.lr, cfg)
     opt_D = optimiser(cfg.d_opt, D, d_lr, cfg)
     conditions = condition(labels, cfg.heads)           # (n, K)
-    fixed_z = draw_z(1000 if cfg.net == "ring" else 64, cfg, device)
+    fixed_z = draw_z(1000 if cfg.preset == "ring" else 64, cfg, device)
     fixed_c = conditions[torch.randint(len(images), (len(fixed_z),), device=device)]
     log = data.Log(out, cfg.steps)
     parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D, log=log)
@@ -984,8 +980,7 @@ def train(cfg, images, labels, out, device):
             if cfg.ema:
                 refresh(G_ema, conditions, cfg, device)
             x = sample(G_ema, fixed_z, fixed_c)
-            page = ring_page(D, images, x, f"{cfg.loss}, step {step}") if cfg.net == "ring" \
-                else data.grid(x, 8)
+            page = ring_page(cfg, D, images, x, step) if cfg.preset == "ring" else data.grid(x, 8)
             data.save(page, log.grid(step))
             data.save_checkpoint(out / "last.pt", parts, step, cfg)
     return G_ema, D, log
@@ -1006,9 +1001,10 @@ def found(x):
 
 
 @torch.no_grad()
-def ring_page(D, images, x, title, side=240):
+def ring_page(cfg, D, images, x, step, side=240):
     """A Pillow picture of the plane: D's output in seven bands from orange (fake) to blue (real),
     500 real points in grey, the points x (uint8, N 2 1 1) in red, and how many modes they have."""
+    title = f"{cfg.loss}, R1" if cfg.r1 and cfg.loss == "gan" else cfg.loss
     line = torch.linspace(-1, 1, side // 2)
     plane = torch.stack(torch.meshgrid(line, -line, indexing="xy"), 2).view(-1, 2, 1, 1)
     v = D(plane.to(images.device))[:, 0].float().cpu()              # (side / 2 * side / 2,)
@@ -1023,7 +1019,7 @@ def ring_page(D, images, x, title, side=240):
             a, b = a * side / 255, side - b * side / 255            # the second axis points up
             draw.ellipse((a - r, b - r, a + r, b + r), colour)
     modes, good = found(to_float(x))
-    data.write(draw, (6, 12), f"{title}: {modes} of 8, {good:.0%}")
+    data.write(draw, (6, 12), f"{title}, step {step}: {modes} of 8, {good:.0%}")
     return page
 
 
@@ -1181,7 +1177,8 @@ def check(cfg, changes):
     need(cfg.cond != "ac" or "heads" in reads, f"--cond ac trains D to predict classes, but --loss "
          f"{cfg.loss} does not read them: add --cond planes, or use --loss acgan or r3gan")
     need(cfg.loss != "acgan" or cfg.cond == "ac", "--loss acgan needs --cond ac")
-    need(cfg.net != "ring" or cfg.preset == "ring", "--net ring belongs to the preset ring")
+    need((NETS[cfg.net][1] == 1) == (cfg.preset == "ring"), "--net ring and ring3 belong to the "
+         "preset ring, and the preset ring has no other networks")
 
 
 def main(argv=None):
@@ -1202,7 +1199,9 @@ def main(argv=None):
     changed = " ".join(f"{name}={value}" for name, value in changes.items()) or "nothing"
     print(f"preset   {preset}  loss {cfg.loss}  changed: {changed}")
     with data.rank_0_first():                           # it downloads or draws for the others
-        cfg.data, images, labels, classes = data.choose(data.kept(cfg, out), NETS[cfg.net][1])
+        side = NETS[cfg.net][1]
+        cfg.data, images, labels, classes = data.choose(data.kept(cfg, out), side)
+    need(images.shape[-1] == side, f"--data {cfg.data} belongs to the preset ring")
     need(len(images) >= 18, f"{cfg.data} has {len(images)} picture(s) to train on; give it 20")
     cfg.channels = images.shape[1]
     if cfg.augment < 0:
@@ -1219,10 +1218,12 @@ def main(argv=None):
     images = images.to(device)
     labels = labels.to(device)
     G, D, log = train(cfg, images, labels, out, device)
+    if data.RANK > 0:
+        return
     torch.manual_seed(cfg.seed % 2 ** 63)
-    if cfg.net == "ring":
+    if cfg.preset == "ring":
         evaluate_ring(cfg, G, D, log, out, device)
-    elif data.RANK == 0:
+    else:
         evaluate(cfg, G, D, log, (images, labels, classes), out, device)
 
 
