@@ -1126,7 +1126,7 @@ def evaluate(cfg, G, D, log, source, out, device):
         for i, picture in enumerate(x.expand(-1, 3, -1, -1), 1):
             data.save(data.as_image(picture), out / f"drawn/{i:05}.png")
         data.save(data.grid(x, 10), out / "drawn.png")
-        print(f"wrote    {len(x)} pictures to {out}/drawn, and all of them on {out}/drawn.png")
+        print(f"wrote    {len(x)} pictures to {out}/drawn, and all on {out}/drawn.png")
         return
     interpolate(G, z[:12], c[:6], out / "interpolation.png")
     if cfg.heads:

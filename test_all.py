@@ -501,6 +501,39 @@ def test_average_and_refresh(tmp_path):
     assert_close(G_ema[3].running_var, h.var((0, 2, 3)), atol=0, rtol=.05)
 
 
+def noise_of_the_handouts(n, dim):
+    """(n, dim, 1, 1), from U(-1, 1)."""
+    return 2 * torch.rand(n, dim, 1, 1) - 1
+
+
+def test_networks_fit_the_handouts_loops():
+    """Three loops as their handouts write them: CSC413's gan_training_loop with a penalty, where
+    SpectralNorm(layer) is spectral_norm(layer) and D's answer is squeezed; the Tsinghua train_step,
+    with BCEWithLogitsLoss where it has BCELoss; CS763's conditional lab."""
+    SpectralNorm = gan.spectral_norm
+    G, D = build("emoji", h=4, d_h=4)
+    D[0] = SpectralNorm(nn.Conv2d(3, 4, 5, 2, 2, bias=False))
+    g_optimizer, d_optimizer = [torch.optim.Adam(net.parameters(), 3e-4) for net in (G, D)]
+    real_images = torch.randn(8, 3, 32, 32)
+    d_real_loss = torch.mean((D(real_images).squeeze() - 1) ** 2) / 2
+    fake_images = G(noise_of_the_handouts(8, 100))
+    d_fake_loss = torch.mean(D(fake_images.detach()).squeeze() ** 2) / 2
+    d_penalty = gan.gradient_penalty(D, real_images, fake_images)
+    take_step(d_optimizer, d_real_loss + d_fake_loss + 10 * d_penalty)
+    take_step(g_optimizer, torch.mean((D(G(noise_of_the_handouts(8, 100))).squeeze() - 1) ** 2))
+    criterion = nn.BCEWithLogitsLoss()
+    G, D = build("dcgan", h=4)
+    d_loss = criterion(D(torch.randn(8, 1, 32, 32)).view(-1), torch.ones(8))
+    d_loss += criterion(D(G(torch.randn(8, 16, 1, 1)).detach()).view(-1), torch.zeros(8))
+    assert abs(d_loss - 2 * math.log(2)) < .1
+    y = torch.arange(8)
+    c = gan.condition(y, 10)
+    G, _ = build("mnist28", z=110, h=4)
+    _, D = build("mnist28", channels=11, h=4)
+    x_fake = G(torch.cat([torch.randn(8, 100, 1, 1), c[..., None, None]], 1))
+    assert x_fake.shape == (8, 1, 28, 28) and D(gan.planes(x_fake, c)).view(-1).shape == (8,)
+
+
 def test_ring_counts_modes_and_good_points():
     """A mode needs a fifth of its share; a point is good within 4 standard deviations, 0.08."""
     x = data.RING.repeat(100, 1)
@@ -592,6 +625,24 @@ def test_two_ranks_equal_one():
     assert_close((one["G"], one["D"]), (two["G"], two["D"]), rtol=0, atol=1e-5)
 
 
+@parametrize("changes", ["", "--loss gan --r1 1", "--modern 1"])
+def test_ring_runs(changes):
+    """Its pictures show D's output, its GIF moves, its last line counts. Two runs on one sheet."""
+    line = f"gan.py ring --steps 3 --sample-every 1 --samples 200 {changes} --out "
+    done = [run(line + name) for name in ("a", "b --seed 1")]
+    assert all(re.search(r"\n\d of 8 modes, \d+% good\n$", text) for text in done)
+    page = Image.open("a/000003.png").convert("RGB")
+    assert page.size == (240, 240) and (215, 30, 30) in {colour for _, colour in page.getcolors(999)}
+    run("data.py tile a b --out both")
+    assert Image.open("both.png").size == (4 * 244, 244) and Image.open("both.gif").n_frames > 1
+
+
+def test_learns_the_ring():
+    """With R1 the same networks that collapse without it find all eight modes."""
+    run("gan.py ring --loss gan --r1 1 --steps 800 --log-every 100 --samples 2000 --out run")
+    assert data.read_run("run")[1]["metrics"]["modes"] == 8
+
+
 def test_learns_digits():
     """400 steps: the FID falls below a third of the untrained generator's; most digits occur."""
     found = []
@@ -606,11 +657,15 @@ def test_a_run_writes_what_it_promises():
     measures it, its last line one JSON object; a trained G is used in three lines."""
     line = "gan.py text2img --data faces-a --h 4 --steps 2 --batch 4 --samples 200 --out run "
     assert ("wrote    run: conditions.png curves.png interpolation.png labels.npy last.pt log.csv "
-            "result.json samples.npy training.gif\nFID") in run(line + "--dump 150")
+            "neighbours.png result.json samples.npy training.gif\nFID") in run(line + "--dump 150")
     assert np.load("run/samples.npy").shape == (150, 64, 64, 3) and Path("run/000002.png").exists()
     ends = np.asarray(Image.open("run/interpolation.png")) == (255, 0, 0)
     assert ends.all(2).any()                        # beyond them pictures are framed red
     assert "wrote run/prompt.png" in run(line + "--prompt 'red hair blue eyes'")
+    before = Path("run/result.json").stat().st_mtime_ns
+    assert run(line + "--draw 12").endswith("12 pictures to run/drawn, and all on run/drawn.png\n")
+    assert len(os.listdir("run/drawn")) == 12 and Image.open("run/drawn/00012.png").size == (64, 64)
+    assert Path("run/result.json").stat().st_mtime_ns == before
     assert "step " not in run(line)
     first, *lines, last = run("fid.py run --json 1 --n 120").splitlines()
     r = json.loads(last)
