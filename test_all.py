@@ -640,7 +640,7 @@ def test_ring_runs(changes):
 def test_learns_the_ring():
     """With R1 the same networks that collapse without it find all eight modes."""
     run("gan.py ring --loss gan --r1 1 --steps 800 --log-every 100 --samples 2000 --out run")
-    assert data.read_run("run")[1]["metrics"]["modes"] == 8
+    assert data.read_run("run")[0]["modes"] == 8
 
 
 def test_learns_digits():
