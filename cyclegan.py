@@ -568,13 +568,13 @@ def train(cfg, a, b, out, device):
     """Trains G and D on two Styles and returns (G, D, log). Goes on from out/last.pt if there is
     one. Writes sample sheets, log.csv and last.pt into out."""
     torch.manual_seed(cfg.seed)
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in networks(cfg))
+    G, D = (data.place(net, device) for net in networks(cfg))
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), cfg.lr, (.5, .999), fused=True,
                                      weight_decay=cfg.weight_decay) for net in (G, D)]
     pools = dict(pool_a=ImagePool(cfg.pool), pool_b=ImagePool(cfg.pool))
-    parts = dict(pools, G=G, D=D, opt_G=opt_G, opt_D=opt_D)
+    log = data.Log(out, cfg.steps)
+    parts = dict(pools, G=G, D=D, opt_G=opt_G, opt_D=opt_D, log=log)
     start = data.restore(parts, out / "last.pt", cfg, FREE - {"model"}, device)
-    log = data.Log(out, cfg.steps, start)
     amp = data.autocast(cfg.amp, device)
     players = *D.values(), opt_G, opt_D
     if cfg.model == "unit":
@@ -600,7 +600,7 @@ def train(cfg, a, b, out, device):
             norms = {"|dD|": data.grad_norm(D), "|dG|": data.grad_norm(G)}
             log.write(step, cfg.batch, **last, **norms)
         if step % cfg.sample_every == 0 or step == cfg.steps:
-            draw_sheet(G, a, b, out / f"{step:06d}.png")
+            draw_sheet(G, a, b, log.grid(step))
             data.save_checkpoint(out / "last.pt", parts, step, cfg)
     return G, D, log
 

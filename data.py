@@ -41,8 +41,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 DOWNLOADS = Path(os.environ.get("DOWNLOADS", "downloads"))
-RANK = int(os.environ.get("RANK", 0))                   # torchrun says which process of how many
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# Which process of how many. Clusters and notebooks set RANK too, so it counts only under torchrun.
+RANK, WORLD = 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 MAX_PIXELS = 50_000_000                 # larger pictures and archive members are bombs: refused
 MAX_BYTES = 1 << 26
 
@@ -223,9 +225,21 @@ def fit(x, size):
     return planes.round().clamp(0, 255).byte().view(*x.shape[:-2], size, size)
 
 
-def read_all(sources, size):
-    """Pictures, as read_picture takes them -> uint8 (N, 3, size, size)."""
-    return torch.stack([fit(read_picture(source), size) for source in sources])
+def read_all(sources, size, channels=3):
+    """Pictures, as read_picture takes them -> uint8 (N, channels, size, size).
+
+    Each picture is reduced to its final size before the next one is read, so large photographs
+    need little memory. UserError names the pictures that cannot be read, and their number."""
+    rows = []
+    bad = []
+    for source in sources:
+        try:
+            rows.append(fit(read_picture(source, channels), size))
+        except UserError as e:
+            bad.append(str(e))
+    need(not bad, f"{len(bad)} of {len(sources)} pictures cannot be read; remove them: "
+         + "; ".join(bad[:9]) + " ..." * (len(bad) > 9))
+    return torch.stack(rows)
 
 
 def members(name, urls=()):
@@ -436,9 +450,30 @@ def drawn_set(name, size, split):
     return cached(f"{name}-{size}-{split}-2", build)
 
 
+RING = .75 * torch.tensor([[math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)]
+                           for k in range(8)])                          # the 8 centres (8, 2)
+
+
+def draw_ring(n, seed):
+    """n points of eight Gaussians with standard deviation 0.02 around the centres RING, as pictures
+    of two channels and one pixel: uint8 (n, 2, 1, 1), so a step of 2/255 is 0.4 deviations."""
+    r = np.random.RandomState(seed)
+    x = RING[r.randint(0, 8, n)] + .02 * torch.from_numpy(r.randn(n, 2))
+    return to_uint8(x)[..., None, None]
+
+
+def stacked_set(source, n, size, split):
+    """Stacked MNIST, Metz 2017 sec. 3.3.1: three random digits of the set `source` are the red,
+    green and blue channel: uint8 (n, 3, size, size), labels 100 red + 10 green + blue."""
+    x, y, _ = load(source, size, split)
+    i = np.random.RandomState(0).randint(0, len(x), (n, 3))
+    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
+
+
 # ---- load: one name, one tensor ------------------------------------------------------------------
 
-SETS = ["mnist", "fashion", "emoji-apple", "emoji-windows", "anime", "digits", "faces-a", "faces-b"]
+SETS = ["mnist", "fashion", "emoji-apple", "emoji-windows", "anime", "stacked", "digits", "faces-a",
+        "faces-b", "stacked-digits", "ring"]
 
 
 def load(name, size, split="train"):
@@ -447,7 +482,7 @@ def load(name, size, split="train"):
     name: one of SETS, or a folder; size: pixels a side; split: "train", "test" or "all" (both).
     Returns images uint8 (N, C, size, size); labels int64 (N,), or None; names of the classes (of
     faces the 132 FACES, label = 11 * hair + eyes). Errors: Unavailable, or UserError if damaged."""
-    need(8 <= size <= 1024, f"a picture size of {size} is not between 8 and 1024")
+    need(8 <= size <= 1024 or name == "ring", f"a picture size of {size} is not between 8 and 1024")
     if name not in SETS:
         return folder_set(name, size, split)
     if split == "all":
@@ -464,6 +499,12 @@ def load(name, size, split="train"):
         return *emoji_set(name[6:].capitalize(), size, split), []
     if name == "anime":
         return *anime_set(size, split), FACES
+    if name == "ring":
+        return draw_ring(20_000, split == "test"), None, []
+    if name.startswith("stacked"):
+        source = "digits" if name == "stacked-digits" else "mnist"
+        n = 60_000 if split == "train" else 10_000
+        return *stacked_set(source, n, size, split), [f"{k:03}" for k in range(1000)]
     return *drawn_set(name, size, split), DIGITS if name == "digits" else FACES
 
 
@@ -560,13 +601,15 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
     return save(page, path)
 
 
-def gif(path, files):
-    """PNG files -> one looping GIF of at most 40 of them, and the last one held."""
-    files = files[::1 + len(files) // 40] + 9 * files[-1:]
-    frames = [Image.open(file).convert("RGB") for file in files]
+def gif(path, frames, duration=150):
+    """PNG files or Pillow images -> one looping GIF of at most 50 of them; each is shown for
+    `duration` milliseconds, the last ten times as long."""
+    frames = frames[::1 + len(frames) // 50] + 9 * frames[-1:]
+    pages = [frame if isinstance(frame, Image.Image) else Image.open(frame) for frame in frames]
+    pages = [page.convert("RGB") for page in pages]
     with atomic(path) as part:
-        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], loop=0,
-                       duration=150)
+        pages[0].save(part, "GIF", save_all=True, append_images=pages[1:], loop=0,
+                      duration=duration)
 
 
 # ---- charts --------------------------------------------------------------------------------------
@@ -709,28 +752,35 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 
-def arguments(Config, argv=None, presets=(), hide=(), positional=""):
+def arguments(Config, argv=None, presets={}, hide=(), positional=""):
     """Command line -> (name of the preset, dict of the fields that it changes).
 
-    Flags, their choices and their help are the fields of a flat dataclass, their Literal types and
-    the comments behind them; fields in `hide` are none. The name of a preset comes first where
-    there are presets; the field `positional` takes the words without a flag."""
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    Each field of the flat dataclass Config is a flag. Its help is the comment behind it, so we read
+    the source of the class; a comment line `# ---- the network` begins a group of the help.
+    presets: name -> Config with its values, which `NAME --help` shows as the defaults; the name
+    comes first on the command line. Fields in `hide` are no flags; the field `positional` takes the
+    words without a flag."""
+    argv = sys.argv[1:] if argv is None else argv
+    shown = presets.get(argv[0], Config) if argv else Config    # a class has its defaults, too
+    group = parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("preset", choices=presets, metavar="PRESET",
-                            help=f"{' '.join(presets)}; their own values go before the defaults")
-    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for f in dataclasses.fields(Config):
-        if f.name in hide:
-            continue
-        words = comments[f.name]
-        if f.name == positional:
-            parser.add_argument(f.name, nargs="*", help=words)
-            continue
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
-                            help=f"{words} (default {f.default!r})", default=argparse.SUPPRESS,
-                            choices=typing.get_args(f.type) or None)
+                            help=f"{' '.join(presets)}; PRESET --help shows its own values")
+    fields = {f.name: f for f in dataclasses.fields(Config) if f.name not in hide}
+    for line in inspect.getsource(Config).splitlines():
+        title = re.match(" +# -+ (.+)", line)
+        field = re.match(r" +(\w+): .*?# (.*)", line)
+        if title:
+            group = parser.add_argument_group(title[1])
+        elif field and field[1] in fields:
+            f = fields[field[1]]
+            if f.name == positional:
+                parser.add_argument(f.name, nargs="*", help=field[2])
+                continue
+            group.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
+                               help=f"{field[2]} (default {getattr(shown, f.name)!r})",
+                               default=argparse.SUPPRESS, choices=typing.get_args(f.type) or None)
     given = vars(parser.parse_intermixed_args(argv))
     preset = given.pop("preset", "")
     return preset, given
@@ -748,12 +798,25 @@ def device(name):
     """torch.device by name; "auto" is the accelerator, cuda or mps, else cpu."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(True) or "cpu"     # True: if it is there
+    need(WORLD == 1 or dist.is_initialized(), "only gan.py can run under torchrun; use python")
     keep_memory()
     try:
         torch.zeros(1, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name} is not there; use --device cpu") from None
+    except (RuntimeError, AssertionError) as e:
+        why = str(e).split("\n")[0]
+        raise UserError(f"device {name} is not there ({why}); use --device cpu") from None
+
+
+def place(net, device):
+    """A network on its device, its weights in the memory layout that is fastest there.
+
+    channels_last speeds up convolutions on CPUs and NVIDIA's GPUs. On Apple's GPUs up to torch 2.13
+    the backward pass of batch norm on such pictures is wrong or stops, so there all stays
+    contiguous."""
+    apple = torch.device(device).type == "mps"
+    layout = torch.contiguous_format if apple else torch.channels_last
+    return net.to(device, memory_format=layout)
 
 
 def autocast(amp, device):
@@ -798,21 +861,13 @@ def kept(cfg, out):
     return began
 
 
-def blew_up(out, step):
-    """Ends a run in which a number is not finite; result.json says so to compare."""
-    write_json(out / "result.json", dict(step=step, metrics={"blew up at": step},
-                                         headline=f"blew up at {step}"))
-    raise UserError(f"blew up: a loss, gradient or weight is not finite at step {step}; the last "
-                    "good checkpoint, if any, stays: try a lower learning rate")
-
-
 def save_checkpoint(path, parts, step, cfg):
-    """Networks and optimisers, step and config -> file, atomically; blew_up if a weight is not
-    finite, and the file stays."""
+    """Networks, optimisers, log and whatever else has a state_dict, with step and config, to a
+    file, atomically. Where a weight is not finite the run ends and the earlier file stays."""
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             if not all(p.isfinite().all() for p in part.parameters()):
-                blew_up(path.parent, step)
+                parts["log"].blew_up(step)
     state = {name: part.state_dict() for name, part in parts.items()}
     save_state(path, dict(state, step=step, config=vars(cfg)))
 
@@ -822,41 +877,64 @@ def load_checkpoint(path, device="cpu"):
     need(Path(path).is_file(), f"no checkpoint {path}: train first, or name the run with --out")
     try:
         return dict(torch.load(path, map_location=device, weights_only=True))
+    except OSError:                                 # no permission: run_main says so
+        raise
     except Exception as e:                          # a damaged zip or pickle raises nearly anything
-        raise UserError(f"{path} is no readable checkpoint ({type(e).__name__}); delete it") from e
+        raise UserError(f"{path} is no readable checkpoint ({type(e).__name__}): move it away, or "
+                        "name another folder with --out") from e
 
 
+def running(part):
+    """Whether the process whose number is in the name of this .part file may still run. Windows has
+    no harmless signal 0 to ask with, so there the answer is always yes."""
+    try:
+        return os.name == "nt" or os.kill(int(part.suffixes[-2][1:]), 0) is None
+    except OSError as e:
+        return not isinstance(e, ProcessLookupError)        # it may be another user's
+
+
+@rank_0_first()
 def restore(parts, path, cfg, free, device):
-    """A checkpoint into networks and optimisers, in place; returns its step, 0 if there is none.
-    --resume 0 deletes the earlier run first. UserError where a field that is not free has
-    changed, and where nothing is there to train or to resume."""
-    need(cfg.steps or cfg.resume and path.is_file(),
-         f"nothing trained yet: --steps 0 (or --prompt) needs {path}, and no --resume 0")
-    old = list(path.parent.glob(".*.part"))             # what a killed run left half-written
-    if not cfg.resume:
-        old += [*sample_grids(path.parent), path.parent / "log.csv",
-                path.parent / "result.json", path]
-    for file in old:
-        file.unlink(missing_ok=True)
-    if not path.is_file():
+    """Load a checkpoint into networks, optimisers and log, in place; returns its step.
+
+    Where there is none, or only that of a run which did not finish a step, one of step 0 is written:
+    from then on the folder is known as a run of this program. --resume 0 first deletes the earlier
+    run: its checkpoint, results and those sample pictures that its log lists. UserError where a
+    setting has changed that is not in `free`, and where nothing is there to train or to resume."""
+    for part in path.parent.glob(".*.part"):            # what a killed run left half-written
+        if not running(part):
+            part.unlink(missing_ok=True)
+    if not cfg.resume and path.is_file() and RANK == 0:
+        grids = [sample_path(path.parent, n) for n in load_checkpoint(path)["log"]["grids"]]
+        for file in [*grids, path.parent / "log.csv", path.parent / "result.json", path]:
+            file.unlink(missing_ok=True)
+    state = load_checkpoint(path, device) if path.is_file() else dict(step=0)
+    if state["step"] == 0:
+        need(cfg.steps, f"nothing is trained yet: this needs {path}, and no --resume 0")
+        save_checkpoint(path, parts, 0, cfg)
         return 0
-    state = load_checkpoint(path, device)
-    trained = state.get("config", {})
+    trained = state["config"]
     for name, value in vars(cfg).items():
         was = trained.get(name, value)
         need(name in free or was == value,
-             f"{path} was trained with --{name.replace('_', '-')} {was}, not {value}; give that "
-             "flag, another --out, or --resume 0 to begin anew")
+             f"{path} was trained with {name} {was}, not {value}; repeat that setting, name "
+             "another --out, or begin anew with --resume 0")
     need(not trained.get("decay") or state["step"] >= cfg.steps or cfg.steps == trained["steps"],
          f"in {path} the learning rate has fallen as for --steps {trained['steps']}: give that "
          "length, another --out, or --resume 0 to begin anew")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (KeyError, RuntimeError, ValueError) as e:
+    except Exception as e:                          # another program's file raises nearly anything
         raise UserError(f"{path} is no checkpoint of this model ({str(e).splitlines()[0]})") from e
+    parts["log"].last = state["step"]
     print(f"resumed  {path} after {state['step']} steps")
     return state["step"]
+
+
+def sample_path(out, step):
+    """Where the sample picture of a step lies: 000001.png and so on."""
+    return out / f"{step:06d}.png"
 
 
 def grad_norm(net):
@@ -865,33 +943,59 @@ def grad_norm(net):
 
 
 class Log:
-    """log.csv and the line on the screen. Opened at step `start`, it keeps the rows up to there.
+    """The numbers of a run: rows (a dict for each logged step), seconds of training, and the steps
+    at which it wrote a sample picture (grids). It is saved in last.pt as one of the parts; log.csv is for the user and
+    is never read."""
 
-    rows: a dict a logged step; seconds: how long the run has taken."""
-
-    def __init__(self, out, total, start=0):
-        self.path = out / "log.csv"
+    def __init__(self, out, total):
+        self.out = out
         self.total = total
-        self.last = start
+        self.last = 0                   # the step of the latest row
+        self.seconds = 0.
         self.rows = []
-        if start and self.path.exists():
-            names, *lines = [line.split(",") for line in self.path.read_text().splitlines()]
-            rows = [dict(zip(names, map(float, line))) for line in lines]
-            self.rows = [row for row in rows if row["step"] <= start]
-        self.seconds = self.rows[-1]["seconds"] if self.rows else 0.
+        self.grids = []
         self.then = time.perf_counter()
+
+    def state_dict(self):
+        return dict(rows=self.rows, grids=self.grids)
+
+    def load_state_dict(self, state):
+        self.rows = state["rows"]
+        self.grids = state["grids"]
+        if self.rows:
+            self.seconds = self.rows[-1]["seconds"]
+
+    def grid(self, step):
+        """The path for the sample picture of a step, 000001.png and so on; the run owns it now."""
+        if step not in self.grids:
+            self.grids.append(step)
+        return sample_path(self.out, step)
 
     def table(self):
         """Name of a column -> its numbers."""
         names = self.rows[0] if self.rows else ()
         return {name: [row[name] for row in self.rows] for name in names}
 
+    def save(self, **record):
+        """result.json: this record, the table and the steps with a sample picture."""
+        write_json(self.out / "result.json", dict(record, log=self.table(), grids=self.grids))
+
+    def blew_up(self, step):
+        """Ends a run in which a number is not finite; result.json says so to compare."""
+        headline = f"blew up at {step}"
+        self.save(step=step, metrics={"blew up at": step}, headline=headline)
+        raise UserError(f"{headline}: a loss, gradient or weight is not finite. Train anew with a "
+                        "lower learning rate (--lr) in a folder of its own: without --out the name "
+                        f"follows from the flags. {self.out} keeps its last good checkpoint")
+
     def write(self, step, batch, **numbers):
-        """One row to log.csv, one aligned line to the screen. numbers: 0-d tensors, fetched from
-        the device in one go; batch: pictures a step. blew_up unless all of them are finite."""
+        """One row to log.csv; step, the first four numbers, speed and time left to the screen.
+
+        numbers: 0-d tensors, fetched from the device all at once; batch: pictures per step. Ends
+        the run as blown up unless all numbers are finite."""
         values = torch.stack([v.detach().float() for v in numbers.values()])
         if not values.isfinite().all():
-            blew_up(self.path.parent, step)
+            self.blew_up(step)
         numbers = dict(zip(numbers, values.tolist()))
         took = time.perf_counter() - self.then
         steps = step - self.last
@@ -903,15 +1007,12 @@ class Log:
         lines = [",".join(self.rows[0])]
         for row in self.rows:
             lines.append(",".join(f"{value:.7g}" for value in row.values()))
-        write_text(self.path, "\n".join(lines) + "\n")
-        words = "  ".join(f"{name} {value:7.3f}" for name, value in numbers.items())
-        print(f"step {step:>{len(str(self.total))}}/{self.total}  {words}  "
-              f"{steps * batch / took:6.0f} img/s  {left // 60}:{left % 60:02} left", flush=True)
-
-
-def sample_grids(out):
-    """The sample pictures of a run, 000001.png and so on, in order."""
-    return sorted(out.glob("[0-9]" * 6 + ".png"))
+        write_text(self.out / "log.csv", "\n".join(lines) + "\n")
+        line = f"step {step:>{len(str(self.total))}}/{self.total}"
+        for name, value in list(numbers.items())[:4]:
+            line += f"  {name.split()[0]} {value:8.3g}"
+        line += f"  {steps * batch / took:6.0f} img/s  {left // 60}:{left % 60:02} left"
+        print(line[:100], flush=True)
 
 
 def finish(out, cfg, log, nets, metrics, panels, headline):
@@ -926,13 +1027,14 @@ def finish(out, cfg, log, nets, metrics, panels, headline):
             shown.append((title, lines))
     if shown:
         chart(out / "curves.png", shown)
-    grids = sample_grids(out)
+    grids = [path for path in (sample_path(out, step) for step in log.grids) if path.is_file()]
     if grids:
         gif(out / "training.gif", grids)
-    write_json(out / "result.json", dict(
+        print(f"samples  {grids[0]} ... {grids[-1].name}")
+    log.save(
         command="python " + " ".join(sys.argv), config=vars(cfg), versions=versions(),
         parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
-        step=log.last, seconds=log.seconds, metrics=metrics, headline=headline))
+        step=log.last, seconds=log.seconds, metrics=metrics, headline=headline)
     names = sorted(p.name for p in out.glob("[a-z]*"))
     print(f"wrote    {out}: {' '.join(names)}")
     print(headline)
@@ -947,9 +1049,9 @@ def read_run(folder):
     need(path.is_file(), f"{folder} is no finished run (no result.json); train it first")
     record = json.loads(path.read_text())
     picture = Image.new("RGB", (400, 400), "white")             # if it blew up before the first
-    for path in sample_grids(folder):
-        picture = Image.open(path).convert("RGB")
-    return folder.name, record, picture, Log(folder, 0, record["step"]).table()
+    for step in record.get("grids", []):
+        picture = Image.open(sample_path(folder, step)).convert("RGB")
+    return folder.name, record, picture, record.get("log", {})
 
 
 def short(value):
@@ -995,7 +1097,7 @@ class Command:
 
 def main(argv=None):
     """The command line: show, compare."""
-    do, changes = arguments(Command, argv, ("show", "compare"), positional="words")
+    do, changes = arguments(Command, argv, dict(show=Command, compare=Command), positional="words")
     a = Command(**changes)
     need(len(a.words) > (do == "show"), f"{do} what? python data.py --help has examples")
     if do == "show":
