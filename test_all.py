@@ -8,6 +8,7 @@ what the wrong one would have given. `python test_all.py bench` measures the spe
 import ast
 import contextlib
 import gzip
+import hashlib
 import http.server
 import inspect
 import io
@@ -62,6 +63,53 @@ def golden(name):
         pytest.skip("no ../shared/golden")
     sys.path.append(str(path.parent))
     return json.loads(path.read_text())
+
+
+def recipe(shapes, seed):
+    """{key: shape} -> {key: float32 array}: the weights that a network has for the reference
+    numbers. They come from one NumPy stream, in the order of the sorted keys, so that a few numbers
+    of the output pin down the whole network. weight_u, weight_v: the top singular vectors."""
+    stream = np.random.RandomState(seed)
+    state = {}
+    for key in sorted(shapes):
+        shape = tuple(shapes[key])
+        n = stream.standard_normal(shape)
+        leaf = key.split(".")[-1]
+        if leaf.startswith("running_var"):
+            n = .7 + .7 / (1 + np.exp(-n))
+        elif leaf.startswith("running_mean"):
+            n = .3 * n
+        elif leaf == "gamma":
+            n = .7 + 0 * n
+        elif leaf == "bias":
+            n = .1 * n
+        elif leaf == "weight" and len(shape) == 1:              # of batch norm
+            n = 1 + .1 * n
+        elif leaf in ("weight", "weight_orig") and "embeddings" not in key:
+            n = n * (2 / np.prod(shape[1:])) ** .5              # He-normal
+        state[key] = n.astype(np.float32)
+    for key in [key for key in state if key.endswith("weight_orig")]:
+        W = state[key].astype(float).reshape(shapes[key][0], -1)
+        u = state[key[:-4] + "u"]
+        for _ in range(100):                                    # power iteration
+            v = W.T @ u
+            v /= np.linalg.norm(v)
+            u = W @ v
+            u /= np.linalg.norm(u)
+        state[key[:-4] + "u"] = u.astype(np.float32)
+        state[key[:-4] + "v"] = v.astype(np.float32)
+    return state
+
+
+def dozen(x):
+    """Twelve numbers of a tensor of any shape, evenly spread from its first to its last."""
+    return x.flatten()[np.linspace(0, x.numel() - 1, 12).astype(int)]
+
+
+def digest(shapes):
+    """{key: shape} -> sha256 of all names and shapes, in the order of the sorted keys."""
+    lines = [f"{key} {list(shapes[key])}" for key in sorted(shapes)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @pytest.fixture(scope="session")
