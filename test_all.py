@@ -37,7 +37,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from pytest import approx
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves, tree_map
 
 import biggan_interp
 import cyclegan
@@ -1271,6 +1273,82 @@ def test_biggan_runs_and_goes_on_bit_for_bit(monkeypatch):
     monkeypatch.setattr(biggan_interp, "evaluate", lambda *_: None)
     run(line + "twice")
     assert_same_bits("whole/last.pt", "twice/last.pt")
+
+
+# ---- a GPU in disguise ---------------------------------------------------------------------------
+
+class GPU(TorchFunctionMode):
+    """Sees every call to torch. What is on "cuda" lies on the CPU, but its storage is marked.
+
+    As on a real GPU, a marked tensor must not meet one that is not marked, unless that one is a
+    single number. While `hot` is set, nothing may wait for the GPU: no .item(), no copy."""
+    hot = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        marks = [hasattr(x.untyped_storage(), "gpu") for x in tensors]
+        if func == torch.Tensor.device.__get__:
+            return torch.device("cuda" if marks[0] else "cpu")
+        if name in ("device", "_parse_to", "_has_compatible_shallow_copy_type", "__set__"):
+            return func(*args, **kwargs)
+        words = [str(x) for x in (*leaves, name) if isinstance(x, (str, torch.device))]
+        to = [word for word in words if word in ("cuda", "cpu")]
+        here = to[0] == "cuda" if to else any(marks)            # where the result belongs
+        moves = bool(tensors) and here != any(marks)
+        if any(x.dim() and mark != any(marks) for x, mark in zip(tensors, marks)):
+            assert name == "__getitem__" and not self.hot, f"{name}: the CPU meets the GPU"
+        if any(marks):
+            assert name != "numpy", "numpy on the GPU"
+        if self.hot:
+            reads = any(marks) and name in ("item", "tolist", "__bool__", "__float__", "__int__")
+            assert not moves and not reads, f"{name} waits for the GPU"
+        if to:
+            args, kwargs = tree_map(
+                lambda x: CPU if isinstance(x, (str, torch.device)) else x, (args, kwargs))
+        out = func(*args, **kwargs)
+        if moves:
+            out = out.clone()
+        for x in tree_leaves(out):
+            if here and isinstance(x, torch.Tensor):
+                assert x.dtype != torch.double, f"{name}: Apple's GPUs have no float64"
+                x.untyped_storage().gpu = True
+        return out
+
+
+def test_on_a_gpu_in_disguise(monkeypatch):
+    """No device= and no .cpu() is missing, and the second step, which is not logged, never waits
+    for the GPU."""
+    gpu = GPU()
+    seed = torch.manual_seed
+    load_file = torch.load
+
+    def load_marked(file, map_location="cpu", **words):
+        move = lambda x: x.to(map_location) if isinstance(x, torch.Tensor) else x
+        return tree_map(move, load_file(file, **words))
+
+    def seed_step(n):
+        gpu.hot = n % 1_000_003 == 2
+        return seed(n)
+
+    monkeypatch.setattr(torch, "load", load_marked)
+    monkeypatch.setattr(torch, "manual_seed", seed_step)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(data, "gif", print)
+    go = "gan.py dcgan --h 4 --batch 4 --samples 200 --steps 3 --d-opt rmsprop --device cuda --out "
+    with gpu:
+        run(go + "a --modern 1 --sn both --cond ac --penalty-every 2 --data faces-a --dump 9")
+        run(go + "b --loss wgan-gp --cond planes --augment 1 --ema 0")
+        run(go + "c --loss wgan --clip .1 --data faces-a")
+        run(go + "d --loss lsgan --gp 1 --penalty mean-norm --decay 1")
+        run("gan.py ring --steps 3 --loss gan --r1 1 --device cuda --out ring")
+        a, b = [cyclegan.load_style(f"faces-{x}", 32, torch.device("cuda")) for x in "ab"]
+        for model in "cyclegan", "unit":
+            cfg = cyclegan.config(model=model, steps=3, batch=4, pool=2)
+            G, *_ = cyclegan.train(cfg, a, b, Path(model), torch.device("cuda"))
+        cyclegan.probe_accuracy(G, *[x._replace(train=x.train[:99]) for x in (a, b)])
 
 
 # ---- what is written about it --------------------------------------------------------------------
