@@ -429,7 +429,7 @@ def step_cyclegan(G_ab, G_ba, D_a, D_b, opt_G, opt_D, a, b, gan=1., cycle=.015, 
             "D(G(x)) after": (after_a, after_b), **other}
 
 
-def step_unit(G, D_a, D_b, opt_G, opt_D, a, b, gan=10., l1=100., kl=.1,
+def step_unit(G, D_a, D_b, opt_G, opt_D, a, b, gan=10., recon=100., kl=.1,
               pool_a=nn.Identity(), pool_b=nn.Identity()):
     """UNIT: Liu 2017, equations 3, 4, 5, 7 and 8, with the weights given in section 4.
 
@@ -438,8 +438,8 @@ def step_unit(G, D_a, D_b, opt_G, opt_D, a, b, gan=10., l1=100., kl=.1,
         D minimises  the same as in step_cyclegan                               0.5 where D = 1/2
         G minimises  for a, and likewise for b:
                      gan E (D_b(fake_b) - 1)^2
-                     + l1 E |Dec_a(z_a) - a| + kl E mu_a^2                      eq. 3
-                     + l1 E |Dec_a(z_ab) - a| + kl E mu_ab^2                    eq. 7
+                     + recon E |Dec_a(z_a) - a| + kl E mu_a^2                   eq. 3
+                     + recon E |Dec_a(z_ab) - a| + kl E mu_ab^2                 eq. 7
 
     What differs from the paper: least squares take the place of its log D; L1 and KL are means over
     all numbers, as in the authors' code, where the paper sums; and the KL of mu_a, which equation 7
@@ -458,8 +458,8 @@ def step_unit(G, D_a, D_b, opt_G, opt_D, a, b, gan=10., l1=100., kl=.1,
     back_a = G.decode(mu_ab + torch.randn_like(mu_ab), "a")
     back_b = G.decode(mu_ba + torch.randn_like(mu_ba), "b")
     other = {
-        "reconstruction": l1 * (F.l1_loss(same_a, a) + F.l1_loss(same_b, b)),
-        "cycle": l1 * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b)),
+        "reconstruction": recon * (F.l1_loss(same_a, a) + F.l1_loss(same_b, b)),
+        "cycle": recon * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b)),
         "kl": kl * (latent_kl(mu_a) + latent_kl(mu_b)),
         "cycle kl": kl * (latent_kl(mu_ab) + latent_kl(mu_ba)),
     }

@@ -1050,6 +1050,68 @@ def test_cyclegan_networks_are_the_published_ones(make, parameters, shape):
     assert count(net) == parameters and net(torch.zeros(2, 3, 32, 32)).shape == shape
 
 
+def paste(script, names):
+    """What a student gets who copies these definitions into a notebook."""
+    notebook = {"torch": torch, "nn": nn, "F": F}
+    for name in names.split():
+        exec(inspect.getsource(getattr(script, name)), notebook)
+    return notebook
+
+
+@parametrize("spectral_norm", [False, True])
+def test_skeleton_dcgenerator(spectral_norm):
+    """The emoji handout's class, typed by hand, filled in with our upconv."""
+    upconv = paste(cyclegan, "conv upconv")["upconv"]
+
+    class DCGenerator(nn.Module):
+        def __init__(self, noise_size, conv_dim, spectral_norm=False):
+            super().__init__()
+            sn = dict(spectral_norm=spectral_norm)
+            self.conv_dim = conv_dim
+            self.linear_bn = upconv(noise_size, conv_dim * 64, kernel_size=1, padding=0, stride=0,
+                                    **sn)
+            self.upconv1 = upconv(conv_dim * 4, conv_dim * 2, 5, **sn)
+            self.upconv2 = upconv(conv_dim * 2, conv_dim, 5, **sn)
+            self.upconv3 = upconv(conv_dim, 3, 5, stride=2, padding=2, batch_norm=False, **sn)
+
+        def forward(self, z):
+            out = F.relu(self.linear_bn(z)).view(-1, self.conv_dim * 4, 4, 4)
+            out = F.relu(self.upconv1(out))
+            out = F.relu(self.upconv2(out))
+            return F.tanh(self.upconv3(out))
+
+    G = DCGenerator(100, 32, spectral_norm)
+    assert count(G) == 467_488 and G(torch.rand(2, 100, 1, 1)).shape == (2, 3, 32, 32)
+    convs = [m for m in G.modules() if isinstance(m, nn.Conv2d)]
+    sigmas = torch.stack([torch.linalg.svdvals(m.weight.flatten(1))[0] for m in convs])
+    assert len(sigmas) == 4 and ((sigmas - 1).abs().max() < .1) == spectral_norm
+
+
+def test_skeleton_cyclegan_training_loop():
+    """The handout's loop and its D, whose output is squeezed to (N,); a last batch is shorter."""
+    notebook = paste(cyclegan, "conv upconv ResnetBlock CycleGenerator cycle_discriminator descend "
+                               "least_squares cycle_loss ImagePool step_cyclegan")
+    G_XtoY, G_YtoX = [notebook["CycleGenerator"](conv_dim=4, init_zero_weights=True) for _ in "XY"]
+    for m in G_XtoY[0][0], G_YtoX[2][0]:
+        assert m.weight.std().item() == approx(1e-3, rel=.15)
+    D_X, D_Y = [nn.Sequential(notebook["cycle_discriminator"](), nn.Flatten(0)) for _ in "XY"]
+
+    def cyclegan_training_loop(dataloader_X, dataloader_Y, lr=3e-4, beta1=.5):
+        g_params = list(G_XtoY.parameters()) + list(G_YtoX.parameters())
+        d_params = list(D_X.parameters()) + list(D_Y.parameters())
+        g_optimizer = torch.optim.Adam(g_params, lr, [beta1, .999])
+        d_optimizer = torch.optim.Adam(d_params, lr, [beta1, .999])
+        for images_X, images_Y in zip(dataloader_X, dataloader_Y):
+            yield notebook["step_cyclegan"](
+                G_XtoY, G_YtoX, D_X, D_Y, g_optimizer, d_optimizer, images_X, images_Y,
+                cycle=.015, identity=.5, pool_a=notebook["ImagePool"](5))
+
+    X, Y = torch.rand(2, 30, 3, 32, 32)
+    found = list(cyclegan_training_loop(16 * [X[:4]] + [X[:2]], 16 * [-Y[:4]] + [-Y[:3]]))
+    assert found[15]["D"] < found[0]["D"] / 4 and found[15]["cycle"] < found[0]["cycle"]
+    assert D_X(X).shape == (30,) and len(found) == 17
+
+
 def test_mistake_10_shared_layers_twice_in_the_optimiser(tmp_path):
     """UNIT's two shared blocks are in the optimiser once, and on every path."""
     cfg = cyclegan.config(model="unit", steps=1, batch=2)
@@ -1070,62 +1132,101 @@ def test_cyclegan_pool_shows_old_pictures_half_the_time():
     assert ages.mean().item() == approx(50, rel=.15)     # replaced once in 100 draws
 
 
-class Toy:
-    """Networks of one number a pixel: G_ab adds 1, G_ba doubles, and so do UNIT's parts."""
+class Toy(nn.Module):
+    """UNIT with one weight, 1: what its parts do to a number."""
 
-    def __call__(self, x, way):
-        return x + 1 if way == "ab" else 2 * x
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()))
 
     def encode(self, x, style):
-        return x + 1 if style == "a" else 2 * x
+        return x + self.one if style == "a" else 2 * x * self.one
 
     def decode(self, z, style):
-        return z + 3 if style == "a" else 5 * z
+        return z + 3 * self.one if style == "a" else 5 * z * self.one
 
 
-def test_cyclegan_terms_are_the_equations(monkeypatch):
-    """Of black pictures a = 0 and white ones b = 1, each with 12 numbers: CycleGAN's L1 is their
-    sum, UNIT's their mean; KL(N(mu, 1) | N(0, 1)) is mu^2 / 2, and UNIT counts it twice."""
-    monkeypatch.setattr(cyclegan, "noisy", nn.Identity())
+def test_cyclegan_steps_are_their_equations(monkeypatch):
+    """Of black pictures a = 0 and white ones b = 1, each with 12 numbers, with networks and latents
+    that are computed in the head. CycleGAN's L1 is their sum, UNIT's their mean."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)          # UNIT's noise
+    G = Toy()
+    w = nn.Parameter(torch.ones(()))
+
+    def D(x):
+        return w * x.mean((1, 2, 3))
+
+    opts = [torch.optim.SGD([p], 0.) for p in (G.one, w)]               # nothing moves
     a, b = torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2)
-    cfg = cyclegan.config(identity=.5, lambda_cycle=.1)
-    fake_a, fake_b, terms = cyclegan.cycle_terms(Toy(), a, b, cfg)
-    assert fake_a.unique() == 2 and fake_b.unique() == 1
-    assert terms["cycle"] == approx(.1 * 12 * (2 + 2))           # back to 2 and 3
-    assert terms["identity"] == approx(.05 * 12 * (0 + 1))       # 0 and 2
-    fake_a, fake_b, terms = cyclegan.unit_terms(Toy(), a, b, cfg)
-    assert fake_a.unique() == 5 and fake_b.unique() == 5                # mu_a 1, mu_b 2
-    want = {"reconstruction": 100 * (4 + 9), "cycle": 100 * (13 + 29), "kl": .1 * (1 + 4),
-            "cycle kl": .1 * (100 + 36)}                                # mu_ab 10, mu_ba 6
-    assert terms == approx(want)
+    pools = dict(pool_a=lambda x: x - 1, pool_b=lambda x: x + 2)
+    last = cyclegan.step_cyclegan(lambda x: x + G.one, lambda x: 2 * x * G.one, D, D, *opts, a, b,
+                                  gan=3., cycle=.1, identity=.5, **pools)
+    want = {"D": (1 + 1 + 0 + 9) / 2,                               # fakes 2 and 1, shown as 1, 3
+            "G": 3 * (1 + 0), "cycle": .1 * 12 * (2 + 2),           # back to 2 and 3
+            "identity": .05 * 12 * (0 + 1)}                         # 0 and 2
+    assert {name: last[name].item() for name in want} == approx(want)
+    last = cyclegan.step_unit(G, D, D, *opts, a, b, gan=3., **pools)
+    want = {"D": (1 + 16 + 0 + 49) / 2,                             # mu 1, 2; fakes 5, 5
+            "G": 3 * (16 + 16), "reconstruction": 100 * (4 + 9), "cycle": 100 * (13 + 29),
+            "kl": .1 * (1 + 4), "cycle kl": .1 * (100 + 36)}        # mu_ab 10, mu_ba 6
+    assert {name: last[name].item() for name in want} == approx(want)
+    seen = [torch.cat(last[name]).mean().item() for name in last if "(" in name]
+    assert seen == [.5, (4 + 7) / 2, 5]
+    mu = torch.randn(9, 9)
+    kl = torch.distributions.kl_divergence
+    N = torch.distributions.Normal
+    assert_close(cyclegan.latent_kl(mu), 2 * kl(N(mu, 1), N(0, 1)).mean())
 
 
 def textbook_cyclegan(cfg, batches):
-    """CycleGAN as the exercises have it: D and G each translate anew, a loss a style. Yields D's
-    loss, G's and G after a step."""
+    """CycleGAN in the plainest words: D and G each translate anew. Yields the losses of D and G,
+    and (G, D), after a step."""
     torch.manual_seed(cfg.seed)
     G, D = cyclegan.networks(cfg)
+    G_ab, G_ba = G.values()
     D_a, D_b = D.values()
-    opt_G, opt_D = (torch.optim.Adam(net.parameters(), cfg.lr, (.5, .999)) for net in (G, D))
+    opt_G, opt_D = [torch.optim.Adam(net.parameters(), cfg.lr, (.5, .999)) for net in (G, D)]
     for a, b in batches:
-        fake_a, fake_b = G(b, "ba").detach(), G(a, "ab").detach()
-        loss_D = gan.d_lsgan(D_a(a), D_a(fake_a)) + gan.d_lsgan(D_b(b), D_b(fake_b))
+        real = (D_a(a) - 1).square().mean() + (D_b(b) - 1).square().mean()
+        fake = D_a(G_ba(b).detach()).square().mean() + D_b(G_ab(a).detach()).square().mean()
+        loss_D = (real + fake) / 2
         take_step(opt_D, loss_D)
-        fake_a, fake_b, other = cyclegan.cycle_terms(G, a, b, cfg)
-        loss_G = cfg.lambda_gan * (gan.g_lsgan(D_a(fake_a)) + gan.g_lsgan(D_b(fake_b)))
-        take_step(opt_G, loss_G + other["cycle"])
-        yield loss_D.item(), loss_G.item(), G
+        fake_a, fake_b = G_ba(b), G_ab(a)
+        loss_G = (D_a(fake_a) - 1).square().mean() + (D_b(fake_b) - 1).square().mean()
+        back = (G_ba(fake_b) - a).abs().sum() + (G_ab(fake_a) - b).abs().sum()
+        same = 0.
+        if cfg.identity:
+            same = (G_ba(a) - a).abs().sum() + (G_ab(b) - b).abs().sum()
+        other = cfg.lambda_cycle * (back + cfg.identity * same) / len(a)
+        take_step(opt_G, cfg.lambda_gan * loss_G + other)
+        yield loss_D.item(), loss_G.item(), (G, D)
 
 
-def test_cyclegan_step_is_the_game(tmp_path):
-    """D's step, then G's on the same fakes, twice: as in the exercises."""
-    cfg = cyclegan.config(steps=2, batch=4, amp=0, lambda_gan=10.)
+def test_cyclegan_trains_as_the_textbook(tmp_path):
+    """Two steps: the same losses, the same networks. G is scored by the updated D."""
+    cfg = cyclegan.config(steps=2, batch=4, amp=0, lambda_gan=9., identity=.5, log_every=1)
     styles = faces()
-    *_, log = cyclegan.train(cfg, *styles, tmp_path, CPU)
+    G, D, log = cyclegan.train(cfg, *styles, tmp_path, CPU)
     batches = drawn(cfg, *[style.train for style in styles])
-    *_, (loss_D, loss_G, G) = textbook_cyclegan(cfg, batches)
-    want = {"D": loss_D, "G": loss_G, "|dG|": data.grad_norm(G).item()}
+    *_, (loss_D, loss_G, by_hand) = textbook_cyclegan(cfg, batches)
+    want = {"D": loss_D, "G": 9 * loss_G, "|dG|": data.grad_norm(by_hand[0]).item()}
     assert {name: log.rows[1][name] for name in want} == approx(want, rel=1e-2)
+    x = torch.randn(8, 3, 32, 32)
+    for nets, references in zip((G, D), by_hand):
+        for net, reference in zip(nets.values(), references.values()):
+            assert (net(x) - reference(x)).abs().mean() < 1e-3      # an error moves it by .003
+
+
+def test_cyclegan_descend_moves_one_optimiser_and_is_seen_under_autocast():
+    """Weights of others get no gradient; the next pass uses the new weights, not a bfloat16 copy
+    of the old ones."""
+    G, D = nn.Linear(4, 4), nn.Linear(4, 1)
+    x = torch.ones(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = D(x)
+        cyclegan.descend(torch.optim.SGD(D.parameters(), 1.), before.sum() + 0 * D(G(x)).sum())
+        assert_close(before - D(x), torch.full((2, 1), 10.).bfloat16(), atol=.1, rtol=0)
+    assert G.weight.grad is None
 
 
 def test_cyclegan_scores_see_that_nothing_was_done():
@@ -1171,33 +1272,46 @@ def test_cyclegan_translates_files_and_trains_nothing(flags):
 
 # ---- biggan_interp.py ----------------------------------------------------------------------------
 
+GOLDEN_BIGGAN = {  # truncation: a dozen numbers of the pictures, from independent code
+    1: "-.3509 -.2513 .6081 -.1732 .0427 .3385 .4939 -.3878 .2063 .5715 -.3273 -.1240",
+    0.4: "-.2045 .4651 .3142 -.0958 -.0144 .0743 .0206 -.1070 .3723 .1108 -.2185 .0331",
+    0.5: "-.1821 .4171 .5563 -.1872 -.0874 -.0896 .0668 -.4483 .2160 .1652 -.4569 -.1517",
+    0.43: "-.4949 .2443 .4297 -.5537 -.0109 .2118 .5206 -.5188 .1029 .1490 -.4895 -.0900",
+    0.415: "-.2146 .4443 .3647 -.1226 -.0671 .0179 .0045 -.2351 .3321 .1509 -.2512 -.0313",
+    0.07: "-.1882 .3660 .4939 -.1568 .2469 .1018 .4585 -.4395 .5108 .0751 -.4332 -.0245",
+    0.02: ".0369 .4948 .6694 -.1963 .3776 .4611 .6217 -.2487 .4568 .5766 -.1344 -.0017",
+    0.14: "-.2090 .4374 .6685 -.4226 -.1027 .2937 .5190 -.3130 .4076 .3940 -.4674 -.1650",
+    0.58: "-.2170 .3587 .5134 -.3874 .1703 .3040 .4704 -.2822 .3675 .1400 -.3615 .0807",
+}
+
+
 def test_biggan_loads_and_draws_the_golden_pictures():
-    """From a file with the published names; a wrong key is named."""
-    g = golden("biggan")
-    import recipe
+    """From a file with the published names, at truncations in the table of statistics and between
+    its rows; a wrong key is named."""
     config = biggan_interp.Config(channel_width=8)
     key = "generator.layers.3.conv_1.weight_v"
     shapes = {key: w.shape for key, w in biggan_interp.Generator(config).state_dict().items()}
-    state = {key: torch.from_numpy(w) for key, w in recipe.state(shapes, g["seed"]).items()}
+    state = {key: torch.from_numpy(w) for key, w in recipe(shapes, 11).items()}
     torch.save(state, "weights.bin")
     G = biggan_interp.load_published("weights.bin", config)
-    z = np.random.RandomState(g["seed"] + 1).standard_normal((3, 128)).clip(-2, 2)
+    z = np.random.RandomState(12).standard_normal((3, 128)).clip(-2, 2)
     z = torch.from_numpy(z).float()
-    y = torch.tensor(g["classes"])
-    for case in g["cases"]:
-        values = G(case["truncation"] * z, y, case["truncation"]).flatten()[case["at"]]
-        assert_close(values, torch.tensor(case["values"]), atol=1e-4, rtol=0)
+    y = torch.tensor([282, 340, 980])
+    for truncation, numbers in GOLDEN_BIGGAN.items():
+        want = torch.tensor([*map(float, numbers.split())])
+        assert_close(dozen(G(truncation * z, y, truncation)), want, atol=1.5e-4, rtol=0)
     torch.save({**state, key: torch.zeros(3)}, "weights.bin")
     with refused(match=key):
         biggan_interp.load_published("weights.bin", config)
 
 
-def test_biggan_has_the_published_names_shapes_and_count():
+def test_biggan_has_the_published_names_shapes_and_count_golden():
     with torch.device("meta"):
         G = biggan_interp.Generator()
     assert count(G) == 50_388_609
-    shapes = {key: list(value.shape) for key, value in G.state_dict().items()}
-    assert shapes == golden("biggan128_keys")                       # 506 of them
+    shapes = {key: value.shape for key, value in G.state_dict().items()}
+    assert len(shapes) == 506
+    assert digest(shapes) == "decc3f75ba382ddfd881ebe7e41a98b6a003041564652c764a0f341a95be52f5"
 
 
 def test_biggan_noise_has_the_truncated_law():
@@ -1214,7 +1328,7 @@ def test_biggan_tsne_is_its_equations_and_as_good_as_the_exact_method():
     x = torch.from_numpy(centres[which] + r.randn(1000, 128))       # 20 Gaussians
     P = biggan_interp.affinities(x, 30)
     assert biggan_interp.kl(P, biggan_interp.tsne(x, 30, seed=0)) <= .349   # scikit-learn: .333
-    p = biggan_interp.conditional(x, 30)
+    p = biggan_interp.neighbour_probabilities(x, 30)
     assert (torch.special.entr(p).sum(1).exp() - 30).abs().max() < 1e-3
     y = torch.randn(1000, 2).double().requires_grad_()
     i, j = torch.triu_indices(1000, 1000, 1)                # each pair once, so its p twice
@@ -1226,27 +1340,87 @@ def test_biggan_tsne_is_its_equations_and_as_good_as_the_exact_method():
     assert_close(biggan_interp.kl_gradient(P, y.detach()), gradient, atol=1e-10, rtol=0)
 
 
-def test_biggan_walks_end_at_the_classes():
+def test_biggan_interpolations_end_at_the_classes():
+    """Also in the handout's function, typed by hand, which takes one alpha at a time."""
+    between_classes = paste(biggan_interp, "between_classes")["between_classes"]
+
+    def generate_linear_interpolate_sample(model, class1_emb, class2_emb, alpha, noise_vector):
+        return model(noise_vector, between_classes(class1_emb, class2_emb, alpha))
+
     G = biggan_interp.Generator(biggan_interp.SMALL).eval()
     z = biggan_interp.truncated_noise(1, 32)
-    ends = biggan_interp.sample(G, z.expand(2, -1), torch.tensor([3, 100])).int()
-    assert (biggan_interp.walk(G, 3, 100, z, 1.)[[0, -1]] - ends).abs().max() <= 1
+    ends = biggan_interp.sample(G, z.expand(2, -1), torch.tensor([3, 100]))
+    pictures = biggan_interp.interpolate(G, 3, 100, z, 1.)
+    assert (pictures[[0, -1]].int() - ends).abs().max() <= 1 and pictures.diff(dim=0).any()
+    for alpha, end in (1, 0), (0., 1):
+        x = generate_linear_interpolate_sample(G, G.embed([3]), G.embed([100]), alpha, z)
+        assert (data.to_uint8(x)[0].int() - ends[end]).abs().max() <= 1
     r = torch.tensor([[0.], [8], [9], [20]])
-    assert biggan_interp.between_classes(r[1], r[0], [1, .25]).tolist() == [[8], [2]]
+    assert between_classes(r[1], r[0], [1, .25]).tolist() == [[8], [2]]
+    assert between_classes(r[1], r[0], .25).tolist() == [2]
     pairs = biggan_interp.extreme_pairs(r)
     assert pairs == {"near": [[1, 2], [0, 3]], "far": [[0, 3], [1, 2]]}
 
 
+def test_biggan_pairs_by_number_or_name():
+    names = [*biggan_interp.COURSE.values()]
+    parse = biggan_interp.parse_pairs
+    assert parse("5, 1; Tiger Cat,goldfish ;", names) == [[5, 1], [0, 5]] and not parse("", names)
+    for text, says in (("3, tigercat", "similar: tiger cat"), ("3, 8", "number below 8"),
+                       ("3", "two classes"), ("1, 2, 3", "two classes")):
+        with refused(match=says):
+            parse(text, names)
+    said = run("biggan_interp.py --model small --pairs '1, red hair blu eyes' --out run", 2)
+    assert "similar: red hair blue eyes" in said and not Path("run").exists()
+
+
 def test_biggan_losses_and_projection_are_their_equations():
     real, fake = torch.tensor([[2., .5], [-2., 3.]])
-    assert (biggan_interp.d_hinge(real, fake), biggan_interp.g_hinge(fake)) == (2.25, -.5)
+    assert biggan_interp.d_hinge(real, fake) == 2.25
     D = biggan_interp.ProjectionD(132)
     x = torch.randn(2, 3, 32, 32)
     y = torch.tensor([3, 100])
     difference = ((D.v.weight[y] - D.v.weight[y + 1]) * D.phi(x)).sum(1)
     assert_close(D(x, y) - D(x, y + 1), difference, atol=1e-5, rtol=0)
+    old, new = biggan_interp.Spectral(2, 3), biggan_interp.Spectral(2, 3)
+    want = [.75 * p + .25 * q for p, q in zip(old.state_dict().values(), new.state_dict().values())]
+    biggan_interp.average_state(old, new, .75)
+    assert_close(list(old.state_dict().values()), want)             # buffers too
     r1 = biggan_interp.conditional_r1(D, x, y)
     assert_close(r1, gan.r1_penalty(partial(D, y=y), x))
+
+
+def test_biggan_trains_as_the_textbook(monkeypatch, tmp_path):
+    """Four steps, the fourth with R1 times 4: the same losses as a plain loop, and the decays of the
+    average."""
+    b = biggan_interp
+    monkeypatch.setattr(b, "BATCH", 4)
+    monkeypatch.setattr(b, "R1", 99.)
+    x_all, y_all = images(40, 3), torch.randint(132, (40,))
+    cfg = b.Run(steps=4, log_every=1, amp=0)
+    monkeypatch.setattr(b, "sampler", lambda G_ema: None)
+    monkeypatch.setattr(b, "sample", lambda *_: images(132, 3, 8))
+    decays = []
+    monkeypatch.setattr(b, "average_state", lambda G_ema, G, decay: decays.append(decay))
+    _, log = b.train(cfg, x_all, y_all, tmp_path, CPU)
+    torch.manual_seed(cfg.seed)
+    G, D = b.Generator(b.SMALL), b.ProjectionD(132)
+    opt_G, opt_D = [torch.optim.Adam(net.parameters(), b.LR, (0., .99)) for net in (G, D)]
+    for step in range(1, 5):
+        torch.manual_seed(step)
+        i = torch.randint(40, (4,))
+        z = torch.randn(4, 32)
+        y_fake = torch.randint(132, (4,))
+        x, y = x_all[i] / 127.5 - 1, y_all[i]
+        x_fake = G(z, y_fake)
+        loss_D = b.d_hinge(D(x, y), D(x_fake.detach(), y_fake))
+        penalty = 4 * 99 * b.conditional_r1(D, x, y) if step == 4 else 0.
+        take_step(opt_D, loss_D + penalty)
+        loss_G = -D(x_fake, y_fake).mean()
+        take_step(opt_G, loss_G)
+        row = log.rows[step - 1]
+        assert (row["D"], row["G"]) == approx((loss_D.item(), loss_G.item()), abs=.03)
+    assert decays == approx([1 / 11, 2 / 12, 3 / 13, 4 / 14])
 
 
 def test_biggan_runs_and_goes_on_bit_for_bit(monkeypatch):
