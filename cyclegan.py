@@ -381,13 +381,15 @@ class ImagePool:
 # pictures, of the fakes, and of the fakes after D's update; the other terms of G's loss, weighted.
 
 def descend(opt, loss):
-    """One optimiser step that reduces a loss. Only this optimiser's weights get gradients."""
+    """One optimiser step that reduces a loss. Gradients go only to the weights of this optimiser,
+    so G's step computes none for D. The gradients stay until the next call."""
     weights = [w for group in opt.param_groups for w in group["params"] if w.requires_grad]
     opt.zero_grad()
     with torch.autocast(loss.device.type, enabled=False):
         loss.backward(inputs=weights)
     opt.step()
-    torch.clear_autocast_cache()            # else autocast would go on with copies of old weights
+    # Autocast would otherwise reuse its bfloat16 copies of the weights from before this update.
+    torch.clear_autocast_cache()
 
 
 def step_cyclegan(G_ab, G_ba, D_a, D_b, opt_G, opt_D, a, b, gan=1., cycle=.015, identity=0.,
