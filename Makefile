@@ -28,7 +28,8 @@ help:
 # text2img: ## 9 min: faces by hair and eye colour; then ARGS='--prompt "blue hair green eyes"'
 # mnist28: ## 3 min: 28 x 28 digits: are all drawn equally often?
 # cwgan: ## 7 min: conditional WGAN with gradient penalty: clothes by class
-dcgan speedrun mlp emoji anime wgan text2img mnist28 cwgan: $(VENV)
+# stacked: ## 9 min: three digits in one picture: how many of 1,000 modes does G find?
+dcgan speedrun mlp emoji anime wgan text2img mnist28 cwgan stacked: $(VENV)
 	$(call GAN,$@)
 
 # modes: ## 1 min: which digits does the trained dcgan draw, and how often?
@@ -48,18 +49,30 @@ biggan: $(VENV)  ## 5 min: BigGAN: map of its classes, walks between them (a sma
 
 # A sweep: a run for each word, where a=1+b=2 stands for --a=1 --b=2, and all on one sheet. One that
 # blows up is a row of it; any other error ends the sweep.
-define sweep
+define runs
 $(foreach p,$(2),$(PYTHON) $(1) $(FLAGS) --$(subst +, --,$(p)) --out out/$@/$(p) || grep -q "blew up" out/$@/$(p)/result.json
 )
+endef
+define sweep
+$(runs)
 $(PYTHON) data.py compare out/$@/* --out out/$@-all
 endef
 
+ring: $(VENV)  ## 2 min: every loss on eight Gaussians: out/ring.png, and four of them move in out/ring-four.gif
+	$(call runs,gan.py ring,loss=gan loss=saturating loss=lsgan loss=wgan loss=wgan-gp loss=gan+r1=1 loss=r3gan)
+	$(PYTHON) data.py tile $(addprefix out/ring/,loss=gan loss=saturating loss=lsgan loss=wgan loss=wgan-gp loss=gan+r1=1 loss=r3gan) --out out/ring
+	$(PYTHON) data.py tile $(addprefix out/ring/,loss=gan loss=wgan loss=wgan-gp loss=r3gan) --out out/ring-four
+sweep-beta1: $(VENV)  ## 4 min: eight Gaussians with three hidden layers: what does Adam's beta1 do?
+	$(call sweep,gan.py ring --net ring3,$(foreach b,0 0.5 0.9,$(foreach l,gan lsgan r3gan,loss=$(l)+beta1=$(b))))
+sweep-stacked: $(VENV)  ## 60 min: modes of 1,000 in stacked digits, five recipes
+	$(call sweep,gan.py stacked,r1=0+bn=both+beta1=0.5+beta2=0.999+lr=2e-4+decay=0+ema=0 \
+	  r1=0+bn=both+beta1=0.5+beta2=0.999 loss=wgan-gp+lr=1e-3 r1=1 modern=1)
 sweep-latent: $(VENV)  ## 25 min: z and h in {16, 100}: four DCGANs at the course's learning rate
 	$(call sweep,gan.py dcgan --lr 2e-4 --decay 0 --ema 0,z=16+h=16 z=16+h=100 z=100+h=16 z=100+h=100)
 sweep-stability: $(VENV)  ## 65 min: what stops mode collapse? modes of 132 on drawn faces
 	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1 modern=1+augment=0)
 sweep-modern: $(VENV)  ## 25 min: what of the modern bundle matters? one part taken out at a time
-	$(call sweep,gan.py emoji --data faces-a --modern 1 --steps 3000,modern=1 loss=bce r1=0 r2=0 bn=both ema=0 augment=0)
+	$(call sweep,gan.py emoji --data faces-a --modern 1 --steps 3000,modern=1 loss=gan r1=0 r2=0 bn=both ema=0 augment=1)
 tips: $(VENV)  ## 40 min: each training tip against its opposite, 64 x 64
 	$(call sweep,gan.py anime --steps 1000,bn=both raw=1 raw=1+bn=none act=relu act=selu bn=G bn=D \
 	  g-opt=sgd+d-opt=sgd+lr=2e-3 g-opt=rmsprop+d-opt=rmsprop+lr=5e-4 d-opt=sgd+d-lr=2e-3)

@@ -1,26 +1,31 @@
-"""biggan_interp.py: BigGAN-deep, what lies between two of its classes, and a t-SNE map of them.
+"""BigGAN-deep: pictures between two of its classes, and a t-SNE map of all classes.
 
-    python biggan_interp.py                                 published weights, else a small one
-    python biggan_interp.py --model small                   trained here, on drawn faces
-    python biggan_interp.py --model published               only if the weights can be had
+    python biggan_interp.py                                 # published weights, else a small model
+    python biggan_interp.py --pairs "282, 283; tiger cat, goldfish"     # between your own classes
+    python biggan_interp.py --model small                   # trained here, on drawn faces
+    python biggan_interp.py --model published               # stop if the weights cannot be had
 
-BigGAN (Brock 2019) learns a vector r for each class. At one fixed z the pictures of
-r = alpha r1 + (1 - alpha) r2, alpha = 1 .. 0, walk from one class to another through vectors that
-belong to no class: G(z, r). Near classes should give sensible pictures on the way, far ones should
-not. t-SNE (van der Maaten & Hinton 2008) shows which are near, a map that keeps neighbours: it
-minimises KL(P || Q) = sum p_ij log(p_ij / q_ij), where p_ij says how much i and j are neighbours
-among the vectors and q_ij the same on the map.
+BigGAN (Brock 2019) learns an embedding for each class, a vector r. With one fixed noise z, the
+pictures G(z, r) for r = alpha r1 + (1 - alpha) r2 and alpha = 1 .. 0 change from class 1 into class
+2, through vectors that belong to no class. One expects sensible pictures between similar classes
+and nonsense between very different ones. t-SNE (van der Maaten & Hinton 2008) shows which classes
+are similar. It places each embedding in the plane so that neighbours stay neighbours: it minimises
 
-The published weights, 128 pixels and 1000 classes of ImageNet, are about 210 MB. Where they cannot
-be had, a small BigGAN of the same layers is trained here on drawn faces of 32 pixels, whose 132
-classes are 12 hair by 11 eye colours. Measured, one thread of an AMD EPYC (Zen 5) beside another
-run, torch 2.13, seed 0, 3,000 steps in 6 minutes:
-    python biggan_interp.py --model small       FID 0.71 (fid.py's classifier; floor 0.64),
-                                                precision 0.58, hair and eyes 100% as asked
-Read on in the order of the lecture: config, generator, published weights, the small one's game,
-t-SNE, classes and walks, what was drawn.
+    KL(P || Q) = sum over i, j of p_ij log(p_ij / q_ij)
+
+where p_ij says how close i and j are as embeddings, and q_ij how close they are in the plane.
+
+The published weights (128 pixels, the 1,000 classes of ImageNet) are a file of about 210 MB. If it
+cannot be had, a small BigGAN made of the same layers is trained here on drawn faces of 32 pixels.
+Its 132 classes are 12 hair colours times 11 eye colours. Result of seed 0, 3,000 steps in 6 minutes
+(one thread of an AMD EPYC, Zen 5, beside another run, torch 2.13):
+
+    python biggan_interp.py --model small       FID 0.71 (fid.py's classifier; two halves of the
+                                                real faces: 0.64), precision 0.58, hair and eyes
+                                                as asked for in 100% of the samples
 """
 import copy
+import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -39,11 +44,12 @@ from data import EYES, FACES, HAIR, need, to_float, to_uint8
 
 @dataclass
 class Run:
-    """What a run is. A field is a flag and its comment the flag's help."""
-    model: Literal["", "published", "small"] = ""   # empty: the one here, else published, small
-    truncation: float = .5          # noise is cut at 2 and multiplied by this: cleaner, less varied
-    steps: int = 3000               # steps of the small one's G; 0: only evaluate the checkpoint
-    seed: int = 0                   # seed of weights, batches, noise and map
+    """All settings of a run. Every field is a flag, and its comment is the flag's help."""
+    model: Literal["", "published", "small"] = ""   # empty: small if begun, else published if found
+    pairs: str = ""                 # your classes, as numbers or names: "282, 283; pug, goldfish"
+    truncation: float = .5          # factor of the noise; lower: cleaner and less varied pictures
+    steps: int = 3000               # training steps of the small model; 0: only evaluate it
+    seed: int = 0                   # seed of weights, batches, noise and t-SNE
     device: str = "auto"            # auto, cuda, mps, cpu
     amp: int = -1                   # bfloat16 autocast: 1 on, 0 off, -1 where the hardware has it
     log_every: int = 50             # steps between two lines of the log
@@ -52,9 +58,9 @@ class Run:
     resume: int = 1                 # 0: delete the folder's earlier run and begin anew
 
 
-# Fields that say how long and where, not what is trained: a resume may change them.
-FREE = {"model", "truncation", "steps", "device", "amp", "log_every", "sample_every", "out",
-        "resume"}
+# Settings that may change when a run is resumed, because they do not change what is trained.
+FREE = {"model", "pairs", "truncation", "steps", "device", "amp", "log_every", "sample_every",
+        "out", "resume"}
 
 
 @dataclass
@@ -65,29 +71,30 @@ class Config:
     class_embed_dim: int = 128
     channel_width: int = 128
     num_classes: int = 1000
-    attention_layer_position: int = 8   # self-attention stands before this block
-    n_stats: int = 51                   # rows of the batch-norm tables: truncation 0, 0.02 .. 1
+    attention_layer_position: int = 8   # self-attention comes before this block
+    n_stats: int = 51                   # rows of the batch norm tables: truncation 0, 0.02 .. 1
 
 
-# The small one, 32 x 32, and its game.
+# The small model, 32 x 32, and how it is trained.
 SMALL = Config(size=32, z_dim=32, class_embed_dim=64, channel_width=16, num_classes=132,
                attention_layer_position=2, n_stats=11)
 BATCH = 64
 LR = 1e-3
-R1 = .1                                 # weight of R1
+R1 = .1                                 # weight of the R1 penalty
 EMA = .999                              # decay of the averaged weights
 
-# Channels at 4 x 4, 8 x 8 and so on, in multiples of the width; 32 x 32 is not published.
+# Channels at 4 x 4, 8 x 8 and so on, in multiples of channel_width. Size 32 is not published.
 CHANNELS = {32: [8, 8, 4, 2], 128: [16, 16, 8, 4, 2, 1]}
 
 
 # ---- the generator: BigGAN-deep, Brock 2019 appendix B -------------------------------------------
 
 class Spectral(nn.Module):
-    """A linear layer, shape (out, in), or a convolution, (out, in, k, k), with W / sigma(W) for W.
+    """A linear layer, shape (out, in), or a convolution, shape (out, in, k, k), whose weight W is
+    divided by sigma(W), its largest singular value as a matrix of `out` rows.
 
-    sigma, the largest singular value of W as a matrix of `out` rows, is u^T W v; while training one
-    power iteration a pass keeps u and v at the top pair (Miyato 2018, alg. 1). In eval mode they
+    sigma = u^T W v for the singular vectors u and v of the largest value. While training, each
+    forward pass improves them by one power iteration (Miyato 2018, algorithm 1); in eval mode they
     are used as they are stored."""
 
     def __init__(self, *shape, bias=True):
@@ -99,7 +106,8 @@ class Spectral(nn.Module):
         self.register_buffer("weight_v", F.normalize(torch.randn(math.prod(shape[1:])), dim=0))
 
     def weight(self):
-        """W / sigma(W), in float32 (autocast would round a product, but not a sum)."""
+        """W / sigma(W) in float32. Autocast computes matrix products in bfloat16, which is too
+        coarse here, so the products are written as sums."""
         W = self.weight_orig.flatten(1)                                 # (out, rest)
         if self.training:
             with torch.no_grad():
@@ -116,11 +124,13 @@ class Spectral(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * (1 + scale(cond)) + offset(cond), maps x (N, C, H, W).
+    """(x - mean) / sqrt(var + eps) * (1 + scale(cond)) + offset(cond), for x (N, C, H, W).
 
-    cond (N, z_dim + class_embed_dim): z beside the class vector; plain: weight and bias. Shorter z
-    have other statistics in every layer (Brock 2019, appendix C.1), so the published code has a
-    table of them, a row a truncation. While training they are the batch's, and noted there."""
+    cond (N, z_dim + class_embed_dim): z and the class embedding, side by side. A plain layer has a
+    weight and a bias instead. Mean and variance depend on the length of z, and so on the truncation
+    (Brock 2019, appendix C.1). So the published code has a table with one row per truncation. While
+    training, the layer uses the statistics of its batch and stores them in the row of that
+    truncation."""
 
     def __init__(self, channels, config, plain=False):
         super().__init__()
@@ -136,15 +146,15 @@ class BatchNorm(nn.Module):
             self.offset = Spectral(channels, cond_dim, bias=False)
 
     def statistics(self, truncation):
-        """Mean (C,), variance (C,): a row of the table, or a mixture of two."""
-        # Divided as published: truncation * last may be rounded to another row.
+        """Mean (C,) and variance (C,): a row of the table, or a mixture of two rows."""
+        # A division as in the published code: truncation * last could round to another row.
         coef, i = math.modf(truncation / (1 / self.last))
         i = int(i)
         table = torch.stack([self.running_means, self.running_vars])    # (2, rows, C)
         if coef == 0:
             return table[:, i]
-        # The published code swaps the two weights, and its pictures depend on it: linear
-        # interpolation has 1 - coef at row i.
+        # The published code swaps the two weights (linear interpolation has 1 - coef at row i), and
+        # its pictures depend on that.
         return coef * table[:, i] + (1 - coef) * table[:, i + 1]
 
     def forward(self, x, truncation, cond=None):
@@ -165,9 +175,8 @@ class BatchNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """1x1 to a quarter of the channels, 3x3, 3x3, 1x1 to n_out; up doubles the side.
-
-    The skip has no weights: it keeps the first n_out channels."""
+    """Convolutions 1x1 to a quarter of the channels, 3x3, 3x3, and 1x1 to n_out channels, beside a
+    skip connection without weights, which keeps the first n_out channels. up: doubles the side."""
 
     def __init__(self, n_in, n_out, up, config):
         super().__init__()
@@ -192,7 +201,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention (Zhang 2019, sec. 3): each place sums up what all places, pooled by 2, say."""
+    """Self-attention (Zhang 2019, section 3): adds to each position a weighted sum of the features
+    g of all positions, which are max-pooled by 2."""
 
     def __init__(self, channels):
         super().__init__()
@@ -214,9 +224,10 @@ class Attention(nn.Module):
 class Generator(nn.Module):
     """G(z, classes or embeddings, truncation) -> pictures (N, 3, size, size) in [-1, 1].
 
-    z (N, z_dim), truncated already: truncated_noise(); classes (N,) int64, or their vectors r (N,
-    class_embed_dim); truncation in (0, 1] only chooses the batch-norm statistics. The names in the
-    state_dict are those of the published files (pytorch-pretrained-BigGAN)."""
+    z: noise (N, z_dim) from truncated_noise(), already multiplied by the truncation. classes: class
+    numbers (N,) int64, or embeddings r (N, class_embed_dim). truncation: in (0, 1], only chooses
+    the batch norm statistics. The names in the state_dict are those of the published files
+    (pytorch-pretrained-BigGAN)."""
 
     def __init__(self, config=Config()):
         super().__init__()
@@ -239,7 +250,7 @@ class Generator(nn.Module):
         })
 
     def embed(self, classes):
-        """Classes (N,) -> their vectors r (N, class_embed_dim)."""
+        """Classes (N,) -> their embeddings r (N, class_embed_dim)."""
         return self.embeddings.weight.T[classes]
 
     def forward(self, z, classes, truncation=1.):
@@ -247,22 +258,25 @@ class Generator(nn.Module):
         cond = torch.cat([z, r], 1)                                     # (N, z_dim + embed_dim)
         net = self.generator
         h = net["gen_z"](cond).view(len(z), 4, 4, -1).permute(0, 3, 1, 2)   # (N, C, 4, 4)
+        if h.device.type == "mps":
+            h = h.contiguous()          # as in data.place; on a CPU the other layout is faster
         for layer in net["layers"]:
             h = layer(h, truncation, cond)
         h = F.relu(net["bn"](h, truncation))                            # (N, C, size, size)
-        rgb = net["conv_to_rgb"]                # C -> C, but only the first three are the picture
+        rgb = net["conv_to_rgb"]        # of its C output channels the first three are the picture
         return torch.tanh(F.conv2d(h, rgb.weight()[:3], rgb.bias[:3], padding=1))
 
 
 def truncated_noise(n, z_dim, truncation=1., seed=0):
-    """z (n, z_dim): truncation times N(0, 1) conditioned on [-2, 2]; on the CPU."""
+    """Noise z (n, z_dim) on the CPU: truncation times N(0, 1) restricted to [-2, 2]."""
     generator = torch.Generator().manual_seed(seed)
     return truncation * nn.init.trunc_normal_(torch.empty(n, z_dim), generator=generator)
 
 
 @torch.no_grad()
 def sample(G, z, y, truncation=1.):
-    """Noise (n, z_dim), classes or vectors y (n, ...) -> pictures uint8 (n, 3, S, S) on the CPU."""
+    """Noise (n, z_dim), and classes (n,) or embeddings (n, class_embed_dim) y -> pictures uint8
+    (n, 3, S, S) on the CPU."""
     parts = zip(z.split(100), y.split(100))
     return torch.cat([to_uint8(G(a, b, truncation)).cpu() for a, b in parts])
 
@@ -274,9 +288,9 @@ URLS = ["https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-128-p
 
 
 def load_published(path, config=Config()):
-    """A published file -> Generator in eval mode. UserError names a key that is wrong."""
+    """The Generator of a published file, in eval mode. A UserError names the first wrong key."""
     state = data.load_checkpoint(path)
-    with torch.device("meta"):                          # shapes only: the file brings the numbers
+    with torch.device("meta"):                          # shapes only, the file has the numbers
         G = Generator(config)
     for key, wanted in G.state_dict().items():
         found = getattr(state.get(key), "shape", "missing")
@@ -286,12 +300,11 @@ def load_published(path, config=Config()):
     return G.eval()
 
 
-# ---- the small BigGAN: its D and losses ----------------------------------------------------------
+# ---- the small BigGAN: its D and its losses ------------------------------------------------------
 
 class ProjectionD(nn.Module):
-    """D(x, y) = psi(phi(x)) + v_y . phi(x), Miyato & Koyama 2018 sec. 3: logits (N,).
-
-    x (N, 3, 32, 32) in [-1, 1], y (N,) int64: is it real, and is it of class y?"""
+    """D(x, y) = psi(phi(x)) + v_y . phi(x), Miyato & Koyama 2018, section 3: logits (N,) that say
+    whether a picture x (N, 3, 32, 32) in [-1, 1] is real and belongs to class y (N,) int64."""
 
     def __init__(self, classes):
         super().__init__()
@@ -315,53 +328,54 @@ class ProjectionD(nn.Module):
 
 
 def d_hinge(real, fake):
-    """E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))), Lim & Ye 2017; 2 at D = 0."""
+    """E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))), Lim & Ye 2017; 2 where D = 0."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
-def g_hinge(fake):
-    """-E D(G(z))."""
-    return -fake.mean()
-
-
 def conditional_r1(D, x, y):
-    """R1 = 1/2 E |grad_x D(x, y)|_2^2, Mescheder 2018 eq. 9. Its weight is called gamma."""
+    """R1 = 1/2 E |grad_x D(x, y)|_2^2, Mescheder 2018, equation 9. Its weight is called gamma."""
     x = x.detach().requires_grad_()
     (grad,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
     return (grad.flatten(1) ** 2).sum(1).mean() / 2
 
 
 @torch.no_grad()
-def average(G_ema, G, decay):
-    """theta_ema <- decay theta_ema + (1 - decay) theta; of u and v too."""
+def average_state(G_ema, G, decay):
+    """theta_ema <- decay theta_ema + (1 - decay) theta, for all weights and all buffers (u and v of
+    Spectral among them)."""
     for p, q in zip(G_ema.state_dict().values(), G.state_dict().values()):
         p.lerp_(q, 1 - decay)
 
 
 @torch.no_grad()
 def sampler(G_ema):
-    """The network that draws: a copy in eval mode, its tables filled with statistics of its own."""
+    """The network that draws samples: a copy of G_ema in eval mode, with batch norm statistics of
+    its own. Each row of its tables is the statistics of one batch, four faces of each class."""
     G = copy.deepcopy(G_ema).train()
-    y = torch.arange(G.config.num_classes, device=G.embeddings.weight.device)
-    # The list twice: at first u and v still turn to their places.
-    for truncation in 2 * torch.linspace(1e-6, 1, G.config.n_stats).tolist():
-        G(truncated_noise(len(y), G.config.z_dim, truncation).to(y.device), y, truncation)
+    y = torch.arange(G.config.num_classes, device=G.embeddings.weight.device).repeat(4)
+    for _ in range(2):                                  # the first round lets u and v converge
+        for truncation in torch.linspace(1e-6, 1, G.config.n_stats).tolist():
+            z = truncated_noise(len(y), G.config.z_dim, truncation)
+            G(z.to(y.device), y, truncation)
     return G.eval()
 
 
-# ---- the small BigGAN: its game ------------------------------------------------------------------
+# ---- the small BigGAN: its training loop ---------------------------------------------------------
 
 def train(cfg, images, labels, out, device):
-    """The whole game, from out/last.pt if there is one. Returns (G that draws, log).
+    """Trains the small BigGAN and returns (G that draws, log). Goes on from out/last.pt if there is
+    one. images uint8 (n, 3, 32, 32), labels (n,), both on the device. Writes sample grids, log.csv
+    and last.pt into out.
 
-    images uint8 (n, 3, 32, 32), labels (n,), on the device; writes grids, log.csv and last.pt."""
+        D minimises  E max(0, 1 - D(x, y)) + E max(0, 1 + D(G(z, y), y)) + R1     2 where D = 0
+        G minimises  -E D(G(z, y), y)                                             0"""
     torch.manual_seed(cfg.seed)
-    G = Generator(SMALL).to(device)
-    D = ProjectionD(SMALL.num_classes).to(device)
+    G = data.place(Generator(SMALL), device)
+    D = data.place(ProjectionD(SMALL.num_classes), device)
     G_ema = copy.deepcopy(G)
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), LR, (0., .99), fused=True)
                     for net in (G, D)]
-    fixed_y = torch.arange(SMALL.num_classes, device=device)            # a row a hair colour
+    fixed_y = torch.arange(SMALL.num_classes, device=device)            # one row per hair colour
     fixed_z = truncated_noise(len(fixed_y), SMALL.z_dim).to(device)
     log = data.Log(out, cfg.steps)
     parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D, log=log)
@@ -369,12 +383,13 @@ def train(cfg, images, labels, out, device):
     amp = data.autocast(cfg.amp, device)
 
     for step in range(start + 1, cfg.steps + 1):
-        # What a step draws depends on nothing else: a resumed run is the uninterrupted one.
+        # Reseed every step from (seed, step): a resumed run sees the same batches and noise.
         torch.manual_seed(cfg.seed * 1_000_003 + step)
 
-        # ---- D: raise D(x, y), lower D(G(z, y), y) ----
+        # ---- D: a high score for real pictures with their class, a low one for fakes ----
         i = torch.randint(len(images), (BATCH,), device=device)
-        x, y = to_float(images[i]), labels[i]                           # (N, 3, 32, 32), (N,)
+        x = to_float(images[i])                                         # (N, 3, 32, 32)
+        y = labels[i]                                                   # (N,)
         z = torch.randn(BATCH, SMALL.z_dim, device=device)              # (N, z_dim)
         y_fake = torch.randint(SMALL.num_classes, (BATCH,), device=device)
         with amp:
@@ -382,27 +397,28 @@ def train(cfg, images, labels, out, device):
             real = D(x, y)
             fake = D(x_fake.detach(), y_fake)           # detach: D's loss must not reach into G
         loss_D = d_hinge(real, fake)
-        if step % 4 == 0:                        # lazily: Karras 2020, appendix B
-            loss_D += 4 * R1 * conditional_r1(D, x, y)
+        penalty = 0.
+        if step % 4 == 0:                       # every 4th step, times 4: the same mean, cheaper
+            penalty = 4 * R1 * conditional_r1(D, x, y)
         opt_D.zero_grad()
-        loss_D.backward()
+        (loss_D + penalty).backward()
         opt_D.step()
 
-        # ---- G: raise D(G(z, y), y) on the same fakes, against the D just improved ----
+        # ---- G: a high score for the same fakes, from the updated D ----
         D.requires_grad_(False)                         # D's own gradients are not needed here
         with amp:
             after = D(x_fake, y_fake)
-        loss_G = g_hinge(after)
+        loss_G = -after.mean()
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
         D.requires_grad_(True)
-        average(G_ema, G, min(EMA, step / (step + 10)))     # forgets the first weights sooner
+        average_state(G_ema, G, min(EMA, step / (step + 10)))   # a smaller decay at first
 
-        if step % cfg.log_every == 0 or step in (1, cfg.steps):     # only this waits for the GPU
-            row = {"D": d_hinge(real, fake), "G": loss_G, "D(x)": real.mean(),
-                   "D(G(z)) before": fake.mean(), "D(G(z)) after": after.mean()}
-            log.write(step, BATCH, **row)
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):     # the only regular GPU sync
+            log.write(step, BATCH, **{
+                "D": loss_D, "G": loss_G, "D(x)": real.mean(), "D(G(z)) before": fake.mean(),
+                "D(G(z)) after": after.mean()})
         if step % cfg.sample_every == 0 or step == cfg.steps:
             x = sample(sampler(G_ema), fixed_z, fixed_y)
             data.save(data.grid(x, len(EYES)), log.grid(step))
@@ -412,11 +428,12 @@ def train(cfg, images, labels, out, device):
 
 # ---- t-SNE, van der Maaten & Hinton 2008 ---------------------------------------------------------
 
-def conditional(x, perplexity):
-    """p_{j|i} = exp(-beta_i |x_i - x_j|^2) / sum_k, eq. 1: points (n, d) -> (n, n) float64.
+def neighbour_probabilities(x, perplexity):
+    """p_{j|i} = exp(-beta_i |x_i - x_j|^2) / sum over k != i of the same, equation 1.
 
-    beta_i = 1 / (2 sigma_i^2) by bisection of its logarithm, all rows at once, until row i counts
-    as many neighbours as asked: perplexity = exp(entropy of row i), sec. 2; it is below n - 1."""
+    Points (n, d) -> (n, n) float64. beta_i = 1 / (2 sigma_i^2) is chosen so that point i has about
+    `perplexity` neighbours: exp(entropy of row i) = perplexity (section 2; it must be below n - 1).
+    All rows are searched at once, by bisection of log beta_i."""
     d2 = torch.cdist(x.double(), x.double()) ** 2
     d2 = d2 / d2.mean(1, keepdim=True)
     d2.fill_diagonal_(math.inf)                                         # p_{i|i} = 0
@@ -431,25 +448,26 @@ def conditional(x, perplexity):
 
 
 def affinities(x, perplexity):
-    """p_ij = (p_{j|i} + p_{i|j}) / 2n, sec. 3.1: (n, d) -> (n, n), sums to 1."""
-    p = conditional(x, perplexity)
+    """p_ij = (p_{j|i} + p_{i|j}) / 2n, section 3.1: points (n, d) -> (n, n), with sum 1."""
+    p = neighbour_probabilities(x, perplexity)
     return (p + p.T) / (2 * len(p))
 
 
 def student(y):
-    """w_ij = 1 / (1 + |y_i - y_j|^2), w_ii 0: map (n, 2) -> (n, n); q_ij = w_ij / sum w (eq. 4)."""
+    """w_ij = 1 / (1 + |y_i - y_j|^2) and w_ii = 0, for points y (n, 2) of the plane -> (n, n). They
+    give q_ij = w_ij / sum w (equation 4)."""
     return (1 / (1 + torch.cdist(y, y) ** 2)).fill_diagonal_(0.)
 
 
 def kl(P, y):
-    """C = KL(P || Q) = sum p_ij log(p_ij / q_ij), sec. 3."""
+    """C = KL(P || Q) = sum p_ij log(p_ij / q_ij), section 3."""
     w = student(y)
     q = w / w.sum()
     return (torch.xlogy(P, P) - torch.xlogy(P, q)).sum()                # 0 log 0 = 0
 
 
 def kl_gradient(P, y):
-    """dC/dy_i = 4 sum_j (p_ij - q_ij) w_ij (y_i - y_j), eq. 5: (n, 2)."""
+    """dC/dy_i = 4 sum_j (p_ij - q_ij) w_ij (y_i - y_j), equation 5: (n, 2)."""
     w = student(y)
     f = (P - w / w.sum()) * w                                           # (n, n)
     return 4 * (f.sum(1, keepdim=True) * y - f @ y)
@@ -457,15 +475,18 @@ def kl_gradient(P, y):
 
 @torch.no_grad()
 def tsne(x, perplexity=30., seed=0, steps=1000):
-    """Points (n, d) -> a map (n, 2) float64 that keeps neighbours; the same seed, the same map.
+    """Points (n, d) -> points of the plane (n, 2) float64 that keep their neighbours. The same seed
+    gives the same result. Exact: n^2 work and memory per step.
 
-    Sec. 3.4: from noise of deviation 0.01, momentum .5, later .8, a gain a number (Jacobs 1988). At
-    first P is exaggerated 12 times, so that clusters form (van der Maaten 2014; 4 times in 2008).
-    Exact: n^2 work and memory a step."""
+    Section 3.4: start from noise of deviation 0.01, then gradient descent with momentum 0.5, later
+    0.8, and a gain for each number (Jacobs 1988). At first P is multiplied by 12, so that clusters
+    form (van der Maaten 2014; by 4 in 2008). The learning rate is n / 12 for a gradient without the
+    factor 4 (Belkina 2019), so n / 48 here, and at least 50, as in scikit-learn. Measured: 50 to
+    500 give the same KL for 1,000 points, but for 132 points 200 is too much: 0.37, not 0.06."""
     P = affinities(x, perplexity)
     generator = torch.Generator().manual_seed(seed)
     y = 1e-2 * torch.randn(len(x), 2, generator=generator, dtype=torch.float64).to(P.device)
-    rate = max(len(x) / 5, 50)
+    rate = max(len(x) / 48, 50)
     velocity = torch.zeros_like(y)
     gain = torch.ones_like(y)
     for step in range(steps):
@@ -475,14 +496,14 @@ def tsne(x, perplexity=30., seed=0, steps=1000):
             exaggeration = 12
             momentum = .5
         gradient = kl_gradient(exaggeration * P, y)
-        uphill = gradient * velocity > 0                                # so was the last move
+        uphill = gradient * velocity > 0                # the last move went uphill: smaller steps
         gain = torch.where(uphill, gain * .8, gain + .2).clamp(min=.01)
         velocity = momentum * velocity - rate * gain * gradient
         y = y + velocity
     return y
 
 
-# ---- classes and walks ---------------------------------------------------------------------------
+# ---- classes, and pictures between them ----------------------------------------------------------
 
 COURSE = {282: "tiger cat", 283: "Persian cat", 181: "Bedlington terrier", 184: "Irish terrier",
           837: "sunglasses", 1: "goldfish", 826: "stopwatch", 2: "great white shark"}
@@ -490,7 +511,8 @@ COURSE_PAIRS = {"good": [(282, 283), (181, 184)], "bad": [(837, 1), (826, 2)]}  
 
 
 def imagenet_names():
-    """1000 names; where the list cannot be had, the course's eight and numbers."""
+    """The 1,000 names of the classes. Where the list cannot be had, the course's eight names, and
+    numbers for the others."""
     try:
         names = json.loads(data.fetch("imagenet-simple-labels.json", [
             "https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/"
@@ -500,15 +522,37 @@ def imagenet_names():
     return [COURSE.get(i, name) for i, name in enumerate(names)]
 
 
+def class_number(word, names):
+    """A class, by its number or its name, -> its number. A UserError lists similar names."""
+    if word.isdecimal() and int(word) < len(names):
+        return int(word)
+    numbers = {name.lower(): i for i, name in enumerate(names)}
+    near = difflib.get_close_matches(word.lower(), numbers, 5, .5)
+    need(word.lower() in numbers, f"--pairs: no class {word!r}; similar: "
+         f"{', '.join(near) or 'none'}; give such a name, or a number below {len(names)}")
+    return numbers[word.lower()]
+
+
+def parse_pairs(text, names):
+    """"282, 283; tiger cat, goldfish" -> [[282, 283], [282, 1]]."""
+    pairs = []
+    for pair in filter(str.strip, text.split(";")):
+        pairs.append([class_number(word.strip(), names) for word in pair.split(",")])
+        need(len(pairs[-1]) == 2, f"--pairs: {pair.strip()!r} is not two classes, like 'tiger cat, "
+             "goldfish'; put ; between two pairs")
+    return pairs
+
+
 def between_classes(r1, r2, alphas):
-    """alpha r1 + (1 - alpha) r2: vectors (d,), (d,) and k alphas -> (k, d). As the course has it,
-    alpha = 1 is r1; in gan.py's between(z1, z2, t) it is t = 0 that is z1."""
-    alphas = torch.as_tensor(alphas).to(r1)[:, None]                    # (k, 1)
+    """alpha r1 + (1 - alpha) r2 for embeddings r1, r2 (d,): (d,) for one number alpha, (k, d) for k
+    of them. As in the course, alpha = 1 gives r1 (in gan.py's `between` it is t = 0 that gives z1).
+    """
+    alphas = torch.as_tensor(alphas).to(r1)[..., None]                  # (1,) or (k, 1)
     return alphas * r1 + (1 - alphas) * r2
 
 
 def apart(pairs):
-    """The first four of the pairs that have no vector in common."""
+    """The first four of the pairs that have no member in common."""
     chosen = []
     for pair in pairs:
         if len(chosen) < 4 and not {*pair} & {*sum(chosen, [])}:
@@ -517,8 +561,8 @@ def apart(pairs):
 
 
 def extreme_pairs(r):
-    """The four nearest and the four farthest pairs i < j of vectors (n, d), none with a vector of
-    another: else the far ones all begin at one outlier."""
+    """The four nearest and the four farthest pairs [i, j], i < j, of embeddings (n, d). No two of
+    them share a class: else all far pairs would begin at the same outlier."""
     pairs = torch.combinations(torch.arange(len(r)))                    # (n (n - 1) / 2, 2)
     pairs = pairs[F.pdist(r).argsort()].tolist()
     return {"near": apart(pairs), "far": apart(pairs[::-1])}
@@ -527,8 +571,8 @@ def extreme_pairs(r):
 ALPHAS = torch.linspace(1, 0, 11)
 
 
-def walk(G, i, j, z, truncation):
-    """From class i to class j at one fixed z (1, z_dim): pictures uint8 (11, 3, S, S)."""
+def interpolate(G, i, j, z, truncation):
+    """Pictures uint8 (11, 3, S, S) from class i to class j, with the same z (1, z_dim) in each."""
     r = between_classes(G.embed(i), G.embed(j), ALPHAS)
     return sample(G, z.expand(len(r), -1), r, truncation)
 
@@ -536,11 +580,12 @@ def walk(G, i, j, z, truncation):
 # ---- what was drawn ------------------------------------------------------------------------------
 
 def draw_map(r, names, pairs, cfg, out):
-    """tsne.png: the map of all class vectors r (n, d), walks as lines. Returns its KL."""
-    groups = torch.arange(len(r)) * 12 // len(r)    # twelfths of the list: kin, in ImageNet's
-    kinds = names[::84]
+    """tsne.png: all class embeddings r (n, d) in the plane, with the pairs joined by lines. Returns
+    the KL reached."""
+    groups = torch.arange(len(r)) * 12 // len(r)    # ImageNet's list has similar classes together
+    kinds = names[::84]                             # the first of each group
     colours = data.COLOURS
-    if names == FACES:                                  # each has one hair colour
+    if names == FACES:                                  # a group is a hair colour
         kinds = HAIR
         colours = [data.RGB[hair] for hair in HAIR]
     perplexity = len(r) ** .5
@@ -548,44 +593,50 @@ def draw_map(r, names, pairs, cfg, out):
     divergence = kl(affinities(r, perplexity), xy).item()
     labels = {i: names[i] for pair in pairs for i in pair}
     data.scatter(out / "tsne.png", xy, groups, kinds, labels, pairs,
-                 f"t-SNE of {len(r)} class vectors, KL {divergence:.3f}", colours)
+                 f"t-SNE of {len(r)} class embeddings, KL {divergence:.3f}", colours)
     return divergence
 
 
 def small_scores(G, images, device):
-    """FID, precision, recall, and whether hair and eyes are as asked, at truncation 1, 20 faces a
-    class."""
+    """FID, precision, recall, and the share of faces whose hair and eyes are as asked for: 20 faces
+    of each class, at truncation 1."""
     y = torch.arange(len(FACES)).repeat(20)
-    x = sample(G, truncated_noise(len(y), SMALL.z_dim).to(device), y.to(device))    # a face each
+    x = sample(G, truncated_noise(len(y), SMALL.z_dim).to(device), y.to(device))
     net = fid.classifier("faces-a", SMALL.size, device)
     return fid.against(net, images, x, "faces-a") | fid.count(net, x, y, FACES, y)
 
 
-def evaluate(cfg, G, names, scores, log, out, device):
-    """Map, walks and result.json. scores: small_scores(), or {}."""
+def evaluate(cfg, G, names, pairs, scores, log, out, device):
+    """Interpolations, t-SNE and result.json. pairs: the user's own; scores: small_scores(), or {}
+    for the published model, which also shows the course's pairs."""
     r = G.embeddings.weight.T.cpu()                            # (classes, embed_dim)
     kinds = extreme_pairs(r)
     if not scores:
         kinds = COURSE_PAIRS | kinds
+    if pairs:
+        kinds = {"yours": pairs} | kinds
     z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
     rows = []
     left = []
     result = {}
     for kind, pairs in kinds.items():
-        walks = [walk(G, i, j, z, cfg.truncation) for i, j in pairs]
-        rows += walks
+        pictures = [interpolate(G, i, j, z, cfg.truncation) for i, j in pairs]
+        rows += pictures
         left += [f"{kind}: {names[i]} > {names[j]}" for i, j in pairs]
-        result[kind] = torch.stack(walks).float().diff(dim=1).abs().mean().item()   # in 0 .. 255
+        result[kind] = torch.stack(pictures).float().diff(dim=1).abs().mean().item()
     data.sheet(rows, out / "interpolation.png", left, [f"{a:.1f}" for a in ALPHAS],
                f"alpha r1 + (1 - alpha) r2 at one z, truncation {cfg.truncation:g}")
+    words = "mean change per step, of 255: "
+    words += ", ".join(f"{kind} {change:.2f}" for kind, change in result.items())
     result["KL"] = draw_map(r, names, sum(kinds.values(), []), cfg, out)
-    words = f"mean step: near {result['near']:.2f}, far {result['far']:.2f}; KL {result['KL']:.3f}"
+    words += f"; t-SNE's KL {result['KL']:.3f}"
     if scores:
-        words = (f"{fid.line(scores)}; precision {scores['precision']:.2f}, as asked: hair "
+        words = (f"{fid.line(scores)}; precision {scores['precision']:.2f}; as asked for: hair "
                  f"{scores['hair accuracy']:.1%}, eyes {scores['eyes accuracy']:.1%}; {words}")
     data.finish(out, cfg, log, dict(G=G), scores | result, [
         ("losses", ["D", "G"]),
-        ("D on real and fake, before and after", ["D(x)", "D(G(z)) before", "D(G(z)) after"]),
+        ("D on real and fake, before and after its step",
+         ["D(x)", "D(G(z)) before", "D(G(z)) after"]),
     ], words)
 
 
@@ -603,14 +654,18 @@ def main(argv=None):
     begun = cfg.resume and (out / "last.pt").is_file()
     if cfg.model == "published" or not (cfg.model or begun):
         try:
-            G = load_published(data.fetch("biggan-deep-128-pytorch_model.bin", URLS)).to(device)
-            return evaluate(cfg, G, imagenet_names(), {}, data.Log(out, 0), out, device)
+            G = load_published(data.fetch("biggan-deep-128-pytorch_model.bin", URLS))
+            names = imagenet_names()
+            pairs = parse_pairs(cfg.pairs, names)
+            log = data.Log(out, 0)
+            return evaluate(cfg, data.place(G, device), names, pairs, {}, log, out, device)
         except data.Unavailable as e:
             need(not cfg.model, f"{e}; or --model small, which is trained here")
             print(f"model    small, trained here: {e}")
+    pairs = parse_pairs(cfg.pairs, FACES)
     _, images, labels, _ = data.choose("faces-a", SMALL.size)
     G, log = train(cfg, images.to(device), labels.to(device), out, device)
-    evaluate(cfg, G, FACES, small_scores(G, images, device), log, out, device)
+    evaluate(cfg, G, FACES, pairs, small_scores(G, images, device), log, out, device)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,38 @@
-"""cyclegan.py: CycleGAN and UNIT translate pictures between two styles, learnt without one pair.
+"""CycleGAN and UNIT translate pictures from one style into another, without a single pair.
 
-    python cyclegan.py                                      Apple and Windows emojis, else faces
-    python cyclegan.py --data faces --identity .5           drawn here; the true answers are known
-    python cyclegan.py --model unit --data distant          faces and emojis: nothing in common
+    python cyclegan.py                                      # Apple and Windows emojis, else faces
+    python cyclegan.py --data faces --identity .5           # drawn here; the true answer is known
+    python cyclegan.py --model unit --data distant          # faces and emojis have little in common
     python cyclegan.py --a photos/ --b paintings/ --size 128
-    python cyclegan.py --translate me.jpg --direction ab    with the trained checkpoint
+    python cyclegan.py --translate me.jpg --direction ab    # with the trained networks
 
-G_ab and G_ba translate, D_a and D_b tell real from translated pictures of their style. CycleGAN
-(Zhu 2017, eq. 3) minimises over G, where D is trained as in gan.py's LSGAN:
-    L_GAN(G_ab, D_b) + L_GAN(G_ba, D_a) + lambda (|G_ba(G_ab(a)) - a|_1 + |G_ab(G_ba(b)) - b|_1).
-The GAN terms alone let G_ab draw any picture of style B. The way back must find a again, so what
-is in a has to survive; but only in some code: blue hair may become red as long as it comes back as
-blue. The paper's identity loss (--identity .5; the courses have none) asks that a picture which
-has the style already stays as it is, and so holds the colours.
-UNIT (Liu 2017) has one latent space for both styles, E_a(a) ~ E_b(b): two VAEs that share the last
-block of their encoders and the first of their decoders. A translation is Dec_b(E_a(a)). The paper
-plays with log D; here the game is the same LSGAN as above, weighed 10 times.
+G_ab translates a picture of style A into style B, and G_ba goes the other way. D_a and D_b tell the
+real pictures of their style from translated ones. CycleGAN (Zhu 2017, equation 3) minimises over G
 
-The faces' score is the L1 to the true answer; it is worth something only below that of doing
-nothing, of the best constant picture and of the best map of colours: all three are printed. Emojis
-have no true answer: their FID should be below that of doing nothing, of the median picture and of
-matching each channel's mean and deviation. Measured, one thread of an AMD EPYC (Zen 5), torch 2.13,
-5,000 steps, 10 minutes beside another run, seed 11, both ways:
-    python cyclegan.py                            FID 10.6, 5.5; of matched channels 49, 46
-    python cyclegan.py --data faces               L1 .208, .169; the best constant .160, .107
-    python cyclegan.py --data faces --identity .5    .082, .052; hair kept: 99%, 100%
-Read on in the order of the lecture: config, networks, UNIT, losses, terms, the game, scores.
+    L_GAN(G_ab, D_b) + L_GAN(G_ba, D_a) + lambda (|G_ba(G_ab(a)) - a|_1 + |G_ab(G_ba(b)) - b|_1)
+
+The GAN terms alone would let G_ab draw any picture of style B. The cycle loss asks that a can be
+recovered from the translation, so the translation has to carry the content of a. It may carry it in
+any code: blue hair may become red, as long as the way back turns it blue again. The paper's
+identity loss (--identity .5; the courses do not use it) asks that a picture which already has the
+style stays as it is. This keeps the colours.
+
+UNIT (Liu 2017) has one latent space for both styles. It is made of two variational autoencoders
+(VAEs), which share the last block of their encoders E and the first block of their decoders.
+Dec_b(E_a(a)) translates a. The docstring of step_unit says what differs from the paper.
+
+On the drawn faces the score is the L1 distance to the true answer. Emojis have no true answer, so
+their score is the FID to the other style. A score only means something beside what simple methods
+reach, so three of them are printed with it: returning the input, always returning the best
+constant picture, and changing nothing but the colours. Results after 5,000 steps, seed 11, A to B
+and B to A (one thread of an AMD EPYC, Zen 5, torch 2.13, 10 minutes beside another run):
+
+    python cyclegan.py                            FID 10.6 and 5.5; colours matched 49 and 46
+    python cyclegan.py --data faces               L1 .208 and .169; best constant .160 and .107
+    python cyclegan.py --data faces --identity .5    .082 and .052; hair colour kept: 99%, 100%
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,21 +49,21 @@ from data import need, to_float, to_uint8
 
 @dataclass
 class CycleConfig:
-    """What a run is. A field is a flag and its comment the flag's help."""
-    model: Literal["cyclegan", "unit"] = "cyclegan"     # which of the two
+    """All settings of a run. Every field is a flag, and its comment is the flag's help."""
+    model: Literal["cyclegan", "unit"] = "cyclegan"     # which of the two models
     data: Literal["emojis,faces", "emojis", "faces", "distant"] = "emojis,faces"    # the two styles
     a: str = ""                     # style A instead of --data: a folder of pictures or a data set
     b: str = ""                     # style B, likewise
-    size: Literal[32, 64, 128, 256] = 32    # side of a picture: the course's networks; the paper's
+    size: Literal[32, 64, 128, 256] = 32    # side of a picture; above 32 with the paper's networks
     width: int = 64                 # width of the paper's networks (size > 32); 32 for a laptop
-    lambda_gan: float = 1.          # weight of D's verdict in G's loss (UNIT: 10)
-    lambda_cycle: float = 0.015     # CycleGAN's cycle loss, an L1 summed over pixels; 46 on a mean
-    identity: float = 0.            # CycleGAN: identity loss in units of lambda_cycle (paper: .5)
-    pool: int = 0                   # translations kept to show D old ones too (paper: 50)
+    lambda_gan: float = 1.          # weight of the GAN loss in G's loss (UNIT: 10)
+    lambda_cycle: float = 0.015     # CycleGAN: weight of the cycle loss, a sum over all pixels
+    identity: float = 0.            # CycleGAN: identity loss, times lambda_cycle (paper: .5)
+    pool: int = 0                   # D also sees old translations out of so many (paper: 50)
     lr: float = 3e-4                # Adam's learning rate
     weight_decay: float = 0.        # Adam's weight decay
     decay: int = 0                  # 1: learning rates fall linearly to 0 over the second half
-    batch: int = 32                 # pictures of each style a batch
+    batch: int = 32                 # pictures of each style in a batch
     steps: int = 5000               # steps; 0: only evaluate the checkpoint
     seed: int = 11                  # seed of weights and batches
     device: str = "auto"            # auto, cuda, mps, cpu
@@ -67,12 +72,12 @@ class CycleConfig:
     sample_every: int = 200         # steps between two sample sheets and checkpoints
     out: str = ""                   # folder of the run; empty: out/<model>-<what differs>
     resume: int = 1                 # 0: delete the folder's earlier run and begin anew
-    translate: str = ""             # only translate this picture or folder with the checkpoint
+    translate: str = ""             # only translate this picture or folder, with a trained run
     direction: Literal["ab", "ba"] = "ab"   # of --translate
 
 
-# Fields that say how long and where, not what is trained: a resume may change them (but the model,
-# whose name the folder already has).
+# Settings that may change when a run is resumed, because they do not change what is trained. (model
+# is among them only because the folder's name contains it anyway: train does not let it change.)
 FREE = {"model", "steps", "device", "amp", "log_every", "sample_every", "out", "resume",
         "translate", "direction"}
 PAIRS = {"emojis": ("emoji-apple", "emoji-windows"), "faces": ("faces-a", "faces-b"),
@@ -80,8 +85,11 @@ PAIRS = {"emojis": ("emoji-apple", "emoji-windows"), "faces": ("faces-a", "faces
 
 
 def config(**changes):
-    """The course's CycleGAN at 32 x 32; for model="unit" UNIT's own weights; beyond 32 pixels the
-    settings of Zhu 2017 (sec. 4, 7), whose lambda 10 is 10 / (3 S^2) on our sum. Changes win."""
+    """The settings of a run: at 32 x 32 those of the course, for larger pictures those of Zhu 2017
+    (sections 4 and 7), for model="unit" UNIT's weights and rate. Explicit changes have priority.
+
+    The paper's lambda of 10 belongs to a mean over the 3 S^2 numbers of a picture. Our cycle loss
+    is a sum over them, so the same weight is 10 / (3 S^2)."""
     fields = {}
     if changes.get("size", 32) > 32:
         fields |= dict(lambda_cycle=10 / (3 * changes["size"] ** 2), identity=.5, pool=50, lr=2e-4,
@@ -92,48 +100,61 @@ def config(**changes):
 
 
 # ---- networks: 32 x 32, the course's -------------------------------------------------------------
-# Functions, but CycleGenerator, ResNetGenerator and PatchGAN under the names that all know.
+# The comment on the right gives the side of each layer's output.
 
-def conv(in_channels, out_channels, kernel_size, stride=2, padding=1, batch_norm=True):
-    """A convolution without bias and, if asked for, batch norm: (N, i, S, S) -> (N, o, S', S'),
-    S' = (S + 2 padding - kernel_size) // stride + 1."""
+def conv(in_channels, out_channels, kernel_size, stride=2, padding=2, batch_norm=True,
+         init_zero_weights=False, spectral_norm=False):
+    """A convolution without bias, then batch norm if asked for. No activation.
+
+    It turns a side of S pixels into (S + 2 padding - kernel_size) // stride + 1. The signature is
+    the handout's: init_zero_weights draws small weights, 0.001 N(0, 1), and spectral_norm divides
+    them by their largest singular value."""
     layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    if init_zero_weights:
+        nn.init.normal_(layer.weight, 0, .001)
+    if spectral_norm:
+        layer = nn.utils.parametrizations.spectral_norm(layer)
+    layers = [layer]
     if batch_norm:
-        return nn.Sequential(layer, nn.BatchNorm2d(out_channels))
-    return nn.Sequential(layer)
+        layers.append(nn.BatchNorm2d(out_channels))
+    return nn.Sequential(*layers)
 
 
-def upconv(in_channels, out_channels, kernel_size, stride=2, padding=2, batch_norm=True):
-    """Nearest upsampling by `stride`, then conv with stride 1: no checkerboard as from a transposed
-    convolution."""
-    return nn.Sequential(
-        nn.Upsample(scale_factor=stride),
-        *conv(in_channels, out_channels, kernel_size, 1, padding, batch_norm),
-    )
+def upconv(in_channels, out_channels, kernel_size, stride=2, padding=2, batch_norm=True,
+           spectral_norm=False):
+    """Upsampling by `stride` if it is above 1, then a convolution of stride 1. A transposed
+    convolution in its place would leave a checkerboard pattern."""
+    layers = conv(in_channels, out_channels, kernel_size, 1, padding, batch_norm,
+                  spectral_norm=spectral_norm)
+    if stride > 1:
+        layers.insert(0, nn.Upsample(scale_factor=stride))      # repeats each pixel
+    return layers
 
 
-class Residual(nn.Module):
+class ResnetBlock(nn.Module):
     """x -> relu(x + BN(conv3x3(x)))."""
 
-    def __init__(self, channels):
+    def __init__(self, conv_dim):
         super().__init__()
-        self.body = conv(channels, channels, 3, 1, 1)
+        self.body = conv(conv_dim, conv_dim, 3, 1, 1)
 
     def forward(self, x):
         return F.relu(x + self.body(x))
 
 
-def CycleGenerator():
-    """(N, 3, S, S) -> (N, 3, S, S), both in [-1, 1]. 144,448 parameters."""
+def CycleGenerator(conv_dim=32, init_zero_weights=False):
+    """(N, 3, S, S) -> (N, 3, S, S), both in [-1, 1]. 144,448 parameters; the handout's default is
+    conv_dim=64. init_zero_weights: the two convolutions of the encoder start with small weights."""
+    c = conv_dim
     return nn.Sequential(
-        conv(3, 32, 5, 2, 2),                                   # 32 -> 16
+        conv(3, c, 5, init_zero_weights=init_zero_weights),     # 32 -> 16
         nn.ReLU(),
-        conv(32, 64, 5, 2, 2),                                  # 8
+        conv(c, 2 * c, 5, init_zero_weights=init_zero_weights),     # 8
         nn.ReLU(),
-        Residual(64),
-        upconv(64, 32, 5),                                      # 16
+        ResnetBlock(2 * c),
+        upconv(2 * c, c, 5),                                    # 16
         nn.ReLU(),
-        upconv(32, 3, 5, batch_norm=False),                     # 32
+        upconv(c, 3, 5, batch_norm=False),                      # 32
         nn.Tanh(),
     )
 
@@ -141,21 +162,21 @@ def CycleGenerator():
 def cycle_discriminator():
     """D: (N, 3, 32, 32) in [-1, 1] -> logits (N, 1). 262,048 parameters."""
     return nn.Sequential(
-        conv(3, 32, 5, 2, 2),                                   # 32 -> 16
+        conv(3, 32, 5),                                         # 32 -> 16
         nn.ReLU(),
-        conv(32, 64, 5, 2, 2),                                  # 8
+        conv(32, 64, 5),                                        # 8
         nn.ReLU(),
-        conv(64, 128, 5, 2, 2),                                 # 4
+        conv(64, 128, 5),                                       # 4
         nn.ReLU(),
-        conv(128, 1, 5, 2, 1, batch_norm=False),                # 1
+        conv(128, 1, 5, padding=1, batch_norm=False),           # 1
         nn.Flatten(),
     )
 
 
-# ---- networks: larger pictures, Zhu 2017 sec. 7.2 of the appendix --------------------------------
+# ---- networks: larger pictures, Zhu 2017, appendix 7.2 -------------------------------------------
 
 class ResBlock(nn.Module):
-    """x -> x + IN(conv(relu(IN(conv(x)))))."""
+    """x -> x + IN(conv(relu(IN(conv(x))))), where IN is instance norm."""
 
     def __init__(self, c):
         super().__init__()
@@ -196,8 +217,8 @@ def ResNetGenerator(w=64, blocks=9):
 
 
 def PatchGAN(w=64):
-    """(N, 3, S, S) -> logits (N, 1, S/8 - 2, S/8 - 2), one for each 70 x 70 patch (Isola 2017, sec.
-    6.1.2). 2,764,737 parameters."""
+    """(N, 3, S, S) -> logits (N, 1, S/8 - 2, S/8 - 2), one for each patch of 70 x 70 pixels (Isola
+    2017, section 6.1.2). 2,764,737 parameters."""
     return nn.Sequential(
         nn.Conv2d(3, w, 4, 2, 1),                               # S / 2
         nn.LeakyReLU(.2),
@@ -215,24 +236,25 @@ def PatchGAN(w=64):
 
 
 def init_normal(m):
-    """Weights ~ N(0, 0.02), biases 0: net.apply(init_normal)."""
+    """Weights with mean 0 and standard deviation 0.02, biases 0: net.apply(init_normal)."""
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(m.weight, 0, .02)
         nn.init.zeros_(m.bias)
 
 
 class CycleGAN(nn.ModuleDict):
-    """Both translators in one: G(x, "ab") is G_ab(x), of pictures (N, 3, S, S) in [-1, 1]."""
+    """Both translators: G(x, "ab") is G_ab(x), for pictures (N, 3, S, S) in [-1, 1]."""
 
     def forward(self, x, direction):
         return self[direction](x)
 
 
 # ---- UNIT: two encoders, two decoders, one latent space ------------------------------------------
-# A small one. No norm outside of the residual branches: it would wash out the colours.
+# A small version for 32 x 32. Instance norm stands only inside the residual blocks, beside their
+# skip connections: elsewhere it would remove each channel's mean, and with it the colours.
 
 def unit_encoder():
-    """(N, 3, S, S) -> (N, 64, S/4, S/4): what one style's encoder has for itself."""
+    """(N, 3, S, S) -> (N, 64, S/4, S/4): encoder layers of one style."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 5, 2, 2),                              # S / 2
         nn.LeakyReLU(),
@@ -243,7 +265,7 @@ def unit_encoder():
 
 
 def unit_decoder():
-    """(N, 64, S/4, S/4) -> (N, 3, S, S) in [-1, 1]: what one style's decoder has for itself."""
+    """(N, 64, S/4, S/4) -> (N, 3, S, S) in [-1, 1]: decoder layers of one style."""
     return nn.Sequential(
         ResBlock(64),
         nn.Upsample(scale_factor=2),                            # S / 2
@@ -256,8 +278,9 @@ def unit_decoder():
 
 
 class UNIT(nn.Module):
-    """Two VAEs that share `into`, the end of their encoders, and `outof`, the start of their
-    decoders. G(x, "ab") translates by way of the latent mean, G(x, "aa") only comes back."""
+    """Two VAEs that share the last block of their encoders, `into`, and the first block of their
+    decoders, `outof`. G(x, "ab") translates, through the mean of the latent; G(x, "aa") encodes and
+    decodes within one style."""
 
     def __init__(self):
         super().__init__()
@@ -279,7 +302,7 @@ class UNIT(nn.Module):
 
 
 def networks(cfg):
-    """(G, D) of a config: G(x, "ab") translates, D["a"] and D["b"] judge, one optimiser each."""
+    """(G, D) of a config: G(x, "ab") translates; D["a"] and D["b"] are the discriminators."""
     G = CycleGAN()
     D = nn.ModuleDict()
     for way in ("ab", "ba"):
@@ -294,34 +317,32 @@ def networks(cfg):
     return G, D
 
 
-# ---- losses: real = D(x), fake = D(G(x)), logits of any shape; pictures in [-1, 1] ---------------
+# ---- losses --------------------------------------------------------------------------------------
 
-def d_lsgan(real, fake):
-    """1/2 E (D(x) - 1)^2 + 1/2 E D(G(x))^2, Mao 2017 eq. 2; 0.25 at D = 1/2."""
-    return (((real - 1) ** 2).mean() + (fake ** 2).mean()) / 2
-
-
-def g_lsgan(fake):
-    """E (D(G(x)) - 1)^2, Zhu 2017 sec. 4; 0.25 at D = 1/2."""
-    return ((fake - 1) ** 2).mean()
+def least_squares(logits, target):
+    """E (D(x) - target)^2, Mao 2017: the target is 1 for what D should call real, 0 for fake."""
+    return ((logits.float() - target) ** 2).mean()      # float: autocast may give bfloat16
 
 
 def cycle_loss(x, back):
-    """E |G_ba(G_ab(x)) - x|_1, one way of Zhu 2017 eq. 2, SUMMED over a picture: lambda 0.015 on
-    this sum is lambda 46 on the mean of its 3 * 32 * 32 = 3,072 numbers, where the paper has 10."""
+    """E |back - x|_1, where back = G_ba(G_ab(x)): one half of Zhu 2017, equation 2.
+
+    Summed over a picture, as in the course. For 32 x 32 pictures lambda = 0.015 on this sum is the
+    same as lambda = 46 on a mean over their 3 * 32 * 32 = 3,072 numbers; the paper has 10 there."""
     return (back - x).abs().flatten(1).sum(1).mean()
 
 
 def latent_kl(mu):
-    """E mu^2: twice KL(N(mu, I) | N(0, I)) of one number of the latent; Liu 2017 eq. 3."""
+    """E mu^2, which is twice KL(N(mu, 1) || N(0, 1)) for each number of the latent."""
     return (mu.float() ** 2).mean()
 
 
 class ImagePool:
-    """D's memory, Zhu 2017 sec. 4: `size` earlier translations; 0 is no memory.
+    """Earlier translations, so that D does not only see G's latest (Zhu 2017, section 4).
 
-    pool(x_fake (N, C, H, W)) -> as many, detached. While it fills these are the new ones; then,
-    each with probability 1/2, an old one whose place the new one takes."""
+    pool(x_fake (N, C, H, W)) -> as many pictures, detached. While the pool is not full it stores
+    and returns the new pictures. After that each new picture is, with probability 1/2, exchanged
+    for an old one. size: how many it stores; 0 returns the new pictures."""
 
     def __init__(self, size):
         self.size = size
@@ -329,7 +350,7 @@ class ImagePool:
 
     def __call__(self, x_fake):
         shown = []
-        for x in x_fake.detach().float():           # detach: D's loss must not reach into G
+        for x in x_fake.detach().float():
             if len(self.held) < self.size:
                 self.held.append(x.clone())
             elif self.size and torch.rand(()) < .5:
@@ -345,52 +366,130 @@ class ImagePool:
         self.held = state["held"]
 
 
-# ---- terms: what a model adds to the game --------------------------------------------------------
-# Pictures a, b (N, 3, S, S) of two styles -> the fakes of either style and a dict of what else G
-# minimises, weighted. D has no part in it.
+# ---- one training step of each model -------------------------------------------------------------
+# Each function trains both discriminators and then the translators, once. a and b are pictures
+# (N, 3, S, S) in [-1, 1] of the two styles, which do not belong together; opt_G holds the weights
+# of both directions and opt_D those of D_a and D_b. D may return logits of any shape. To use it:
+#
+#     G_ab, G_ba, D_a, D_b = ...                  # the handout's four networks, for example
+#     opt_G = torch.optim.Adam([*G_ab.parameters(), *G_ba.parameters()], 3e-4, betas=(.5, .999))
+#     opt_D = torch.optim.Adam([*D_a.parameters(), *D_b.parameters()], 3e-4, betas=(.5, .999))
+#     for a, b in batches:
+#         last = step_cyclegan(G_ab, G_ba, D_a, D_b, opt_G, opt_D, a, b)
+#
+# They return what the log shows: D's loss and G's GAN loss; D_a's and D_b's logits of the real
+# pictures, of the fakes, and of the fakes after D's update; the other terms of G's loss, weighted.
 
-def cycle_terms(G, a, b, cfg):
-    """CycleGAN, Zhu 2017 eq. 3: there and back again must be where one was."""
-    fake_b, fake_a = G(a, "ab"), G(b, "ba")
-    back = cycle_loss(a, G(fake_b, "ba")) + cycle_loss(b, G(fake_a, "ab"))
-    terms = {"cycle": cfg.lambda_cycle * back}
-    if cfg.identity:                                    # a picture of style b is one already
-        same = cycle_loss(a, G(a, "ba")) + cycle_loss(b, G(b, "ab"))
-        terms["identity"] = cfg.identity * cfg.lambda_cycle * same
-    return fake_a, fake_b, terms
+def descend(opt, loss):
+    """One optimiser step that reduces a loss. Gradients go only to the weights of this optimiser,
+    so G's step computes none for D. The gradients stay until the next call."""
+    weights = [w for group in opt.param_groups for w in group["params"] if w.requires_grad]
+    opt.zero_grad()
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward(inputs=weights)
+    opt.step()
+    # Autocast would otherwise reuse its bfloat16 copies of the weights from before this update.
+    torch.clear_autocast_cache()
 
 
-def noisy(mu):
-    """z ~ N(mu, I)."""
-    return mu + torch.randn_like(mu)
+def step_cyclegan(G_ab, G_ba, D_a, D_b, opt_G, opt_D, a, b, gan=1., cycle=.015, identity=0.,
+                  pool_a=nn.Identity(), pool_b=nn.Identity()):
+    """CycleGAN: Zhu 2017, equation 3, with the least squares of section 4.
+
+        D minimises  1/2 E (D_a(a) - 1)^2 + 1/2 E D_a(G_ba(b))^2
+                     + 1/2 E (D_b(b) - 1)^2 + 1/2 E D_b(G_ab(a))^2      0.5 where D = 1/2
+        G minimises  gan (E (D_a(G_ba(b)) - 1)^2 + E (D_b(G_ab(a)) - 1)^2)      0.5 for gan = 1
+                     + cycle (E |G_ba(G_ab(a)) - a|_1 + E |G_ab(G_ba(b)) - b|_1)
+                     + identity cycle (E |G_ba(a) - a|_1 + E |G_ab(b) - b|_1)
+
+    Each |.|_1 is a sum over a picture. The identity loss is that of section 5.2. pool_a, pool_b:
+    from the new fakes to those that D_a, D_b see, an ImagePool for example."""
+    fake_b = G_ab(a)
+    fake_a = G_ba(b)
+    back = cycle_loss(a, G_ba(fake_b)) + cycle_loss(b, G_ab(fake_a))
+    other = {"cycle": cycle * back}
+    if identity:                            # G_ba draws style A, and a has it already
+        same = cycle_loss(a, G_ba(a)) + cycle_loss(b, G_ab(b))
+        other["identity"] = identity * cycle * same
+
+    # ---- D: real pictures towards 1, translations towards 0, in each style ----
+    real_a = D_a(a)                         # real and fake in passes of their own, so that batch
+    real_b = D_b(b)                         # norm does not mix them
+    seen_a = D_a(pool_a(fake_a.detach()))   # detach: D's loss must not reach into G
+    seen_b = D_b(pool_b(fake_b.detach()))
+    loss_D_a = (least_squares(real_a, 1) + least_squares(seen_a, 0)) / 2
+    loss_D_b = (least_squares(real_b, 1) + least_squares(seen_b, 0)) / 2
+    loss_D = loss_D_a + loss_D_b
+    descend(opt_D, loss_D)
+
+    # ---- G: translations towards 1, scored by the updated D, and the terms above ----
+    after_a = D_a(fake_a)
+    after_b = D_b(fake_b)
+    loss_G = gan * (least_squares(after_a, 1) + least_squares(after_b, 1))
+    descend(opt_G, loss_G + sum(other.values()))
+    return {"D": loss_D, "G": loss_G, "D(x)": (real_a, real_b), "D(G(x)) before": (seen_a, seen_b),
+            "D(G(x)) after": (after_a, after_b), **other}
 
 
-def unit_terms(G, a, b, cfg):
-    """UNIT, Liu 2017 eq. 3, 4, 7, 8, with its code's weights: one latent z ~ N(mu, I) for both
-    styles. Its L1 is a mean."""
-    mu_a, mu_b = G.encode(a, "a"), G.encode(b, "b")
-    z_a, z_b = noisy(mu_a), noisy(mu_b)
-    same_a, same_b = G.decode(z_a, "a"), G.decode(z_b, "b")
-    fake_a, fake_b = G.decode(z_b, "a"), G.decode(z_a, "b")
-    mu_ab, mu_ba = G.encode(fake_b, "b"), G.encode(fake_a, "a")
-    back_a, back_b = G.decode(noisy(mu_ab), "a"), G.decode(noisy(mu_ba), "b")
-    terms = {
-        "reconstruction": 100 * (F.l1_loss(same_a, a) + F.l1_loss(same_b, b)),
-        "cycle": 100 * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b)),
-        "kl": .1 * (latent_kl(mu_a) + latent_kl(mu_b)),
-        "cycle kl": .1 * (latent_kl(mu_ab) + latent_kl(mu_ba)),
+def step_unit(G, D_a, D_b, opt_G, opt_D, a, b, gan=10., recon=100., kl=.1,
+              pool_a=nn.Identity(), pool_b=nn.Identity()):
+    """UNIT: Liu 2017, equations 3, 4, 5, 7 and 8, with the weights given in section 4.
+
+        mu_a = E_a(a), z_a ~ N(mu_a, I), fake_b = Dec_b(z_a)
+        mu_ab = E_b(fake_b), z_ab ~ N(mu_ab, I)
+        D minimises  the same as in step_cyclegan                               0.5 where D = 1/2
+        G minimises  for a, and likewise for b:
+                     gan E (D_b(fake_b) - 1)^2
+                     + recon E |Dec_a(z_a) - a| + kl E mu_a^2                   eq. 3
+                     + recon E |Dec_a(z_ab) - a| + kl E mu_ab^2                 eq. 7
+
+    What differs from the paper: least squares take the place of its log D; L1 and KL are means over
+    all numbers, as in the authors' code, where the paper sums; and the KL of mu_a, which equation 7
+    contains a second time, is counted once, as in that code. The authors' later code divides these
+    weights and adds a loss on VGG features, which is left out here."""
+    mu_a = G.encode(a, "a")                 # (N, 64, S/4, S/4)
+    mu_b = G.encode(b, "b")
+    z_a = mu_a + torch.randn_like(mu_a)
+    z_b = mu_b + torch.randn_like(mu_b)
+    same_a = G.decode(z_a, "a")             # within a style
+    same_b = G.decode(z_b, "b")
+    fake_a = G.decode(z_b, "a")             # into the other style
+    fake_b = G.decode(z_a, "b")
+    mu_ab = G.encode(fake_b, "b")           # and back
+    mu_ba = G.encode(fake_a, "a")
+    back_a = G.decode(mu_ab + torch.randn_like(mu_ab), "a")
+    back_b = G.decode(mu_ba + torch.randn_like(mu_ba), "b")
+    other = {
+        "reconstruction": recon * (F.l1_loss(same_a, a) + F.l1_loss(same_b, b)),
+        "cycle": recon * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b)),
+        "kl": kl * (latent_kl(mu_a) + latent_kl(mu_b)),
+        "cycle kl": kl * (latent_kl(mu_ab) + latent_kl(mu_ba)),
     }
-    return fake_a, fake_b, terms
 
+    # ---- D: real pictures towards 1, translations towards 0, in each style ----
+    real_a = D_a(a)
+    real_b = D_b(b)
+    seen_a = D_a(pool_a(fake_a.detach()))   # detach: D's loss must not reach into G
+    seen_b = D_b(pool_b(fake_b.detach()))
+    loss_D_a = (least_squares(real_a, 1) + least_squares(seen_a, 0)) / 2
+    loss_D_b = (least_squares(real_b, 1) + least_squares(seen_b, 0)) / 2
+    loss_D = loss_D_a + loss_D_b
+    descend(opt_D, loss_D)
 
-TERMS = {"cyclegan": cycle_terms, "unit": unit_terms}
+    # ---- G: translations towards 1, scored by the updated D, and the terms above ----
+    after_a = D_a(fake_a)
+    after_b = D_b(fake_b)
+    loss_G = gan * (least_squares(after_a, 1) + least_squares(after_b, 1))
+    descend(opt_G, loss_G + sum(other.values()))
+    return {"D": loss_D, "G": loss_G, "D(x)": (real_a, real_b), "D(G(x)) before": (seen_a, seen_b),
+            "D(G(x)) after": (after_a, after_b), **other}
 
 
 # ---- data: two styles, no pairs ------------------------------------------------------------------
 
 class Style(NamedTuple):
-    """A data set: pictures uint8 (n, 3, S, S), those of training on the device; labels (n,) of the
-    test pictures or None."""
+    """A data set of one style: pictures uint8 (n, 3, S, S), of which `train` lies on the device,
+    and labels (n,) of the test pictures, or None."""
     name: str
     train: torch.Tensor
     test: torch.Tensor
@@ -398,7 +497,7 @@ class Style(NamedTuple):
 
 
 def load_style(names, size, device):
-    """The Style of a folder, or of the first of these data sets that can be had."""
+    """The Style of a data set or of a folder. names: several, "a,b", in order of preference."""
     name, train, _, _ = data.choose(names, size)
     test, labels, _ = data.load(name, size, "test")
     need(len(train) > 1 and train.shape[1] == 3, f"{name}: a style needs 2 pictures in colour")
@@ -406,36 +505,39 @@ def load_style(names, size, device):
 
 
 def load_pair(cfg, out, device):
-    """(style A, style B) of a config; cfg.data becomes the name of the pair."""
+    """[style A, style B] of a config, the first pair of cfg.data that can be had. cfg.data becomes
+    its name."""
     if cfg.a:
         cfg.data = "own"
-        return load_style(cfg.a, cfg.size, device), load_style(cfg.b, cfg.size, device)
-    pair_of = {PAIRS[name][0]: name for name in data.kept(cfg, out).split(",")}
-    a = load_style(",".join(pair_of), cfg.size, device)
-    cfg.data = pair_of[a.name]
-    return a, load_style(PAIRS[cfg.data][1], cfg.size, device)
+        return [load_style(style, cfg.size, device) for style in (cfg.a, cfg.b)]
+    names = data.kept(cfg, out).split(",")
+    for name in names:
+        try:
+            styles = [load_style(style, cfg.size, device) for style in PAIRS[name]]
+        except data.Unavailable as e:
+            if name == names[-1]:
+                raise
+            print(f"data     no {name}: {e}")
+            continue
+        cfg.data = name
+        return styles
 
 
 def paired(a, b):
-    """Whether test picture i of both styles shows the same: only the drawn faces."""
+    """Whether test picture i of both styles shows the same face, which only drawn faces do."""
     return {a.name, b.name} == set(PAIRS["faces"])
 
 
-# ---- the game ------------------------------------------------------------------------------------
+# ---- the training loop ---------------------------------------------------------------------------
 
 def draw_batch(images, n):
     """n random pictures of uint8 (N, 3, S, S) -> float (n, 3, S, S) in [-1, 1]."""
     return to_float(images[torch.randint(len(images), (n,), device=images.device)])
 
 
-def judge(D, x_a, x_b):
-    """What both discriminators say: pictures (N, 3, S, S) of either style -> logits (2 N, ...)."""
-    return torch.cat([D["a"](x_a), D["b"](x_b)]).float()
-
-
 @torch.no_grad()
 def translate(G, x, direction):
-    """Pictures uint8 (N, 3, S, S) -> the same, translated, on the CPU; in eval mode."""
+    """Pictures uint8 (N, 3, S, S) -> their translations, uint8, on the CPU. In eval mode."""
     G.eval()
     device = next(G.parameters()).device
     y = torch.cat([to_uint8(G(to_float(part.to(device)), direction)).cpu() for part in x.split(32)])
@@ -444,13 +546,13 @@ def translate(G, x, direction):
 
 
 def l1(x, y):
-    """Mean absolute difference of uint8 pictures; 1 is black against white."""
+    """Mean absolute difference of two uint8 tensors of pictures; 1 is black against white."""
     return (x / 255 - y / 255).abs().mean()
 
 
 def draw_sheet(G, a, b, path):
-    """Rows of test pictures, each way: the inputs a, UNIT's reconstructions aa, the translations
-    ab, the way back aba, and the true b where it is known."""
+    """Test pictures in rows: the inputs a, UNIT's reconstructions aa, the translations ab, these
+    translated back, aba, and the true b where it is known. Then the same from b to a."""
     rows = {}
     for x, y, s, t in (a, b, "a", "b"), (b, a, "b", "a"):
         real = x.test[:12]
@@ -465,53 +567,40 @@ def draw_sheet(G, a, b, path):
 
 
 def train(cfg, a, b, out, device):
-    """The whole game, from out/last.pt if there is one. Returns (G, D, log).
-
-    a, b: the two Styles. Writes sheets, log.csv and last.pt."""
+    """Trains G and D on two Styles and returns (G, D, log). Goes on from out/last.pt if there is
+    one. Writes sample sheets, log.csv and last.pt into out."""
     torch.manual_seed(cfg.seed)
     G, D = (data.place(net, device) for net in networks(cfg))
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), cfg.lr, (.5, .999), fused=True,
                                      weight_decay=cfg.weight_decay) for net in (G, D)]
-    pool_a, pool_b = ImagePool(cfg.pool), ImagePool(cfg.pool)
+    pools = dict(pool_a=ImagePool(cfg.pool), pool_b=ImagePool(cfg.pool))
     log = data.Log(out, cfg.steps)
-    parts = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D, pool_a=pool_a, pool_b=pool_b, log=log)
+    parts = dict(pools, G=G, D=D, opt_G=opt_G, opt_D=opt_D, log=log)
     start = data.restore(parts, out / "last.pt", cfg, FREE - {"model"}, device)
     amp = data.autocast(cfg.amp, device)
+    players = *D.values(), opt_G, opt_D
+    if cfg.model == "unit":
+        train_step = partial(step_unit, G, *players, gan=cfg.lambda_gan, **pools)
+    else:
+        train_step = partial(step_cyclegan, G["ab"], G["ba"], *players, gan=cfg.lambda_gan,
+                             cycle=cfg.lambda_cycle, identity=cfg.identity, **pools)
 
     for step in range(start + 1, cfg.steps + 1):
-        # What a step draws depends on nothing else: a resumed run is the uninterrupted one.
+        # Reseed every step from (seed, step): a resumed run sees the same batches and noise.
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         if cfg.decay:
+            rate = min(1., 2 - 2 * (step - 1) / cfg.steps)  # 1 until half-way, then linearly to 0
             for opt in (opt_G, opt_D):
-                opt.param_groups[0]["lr"] = cfg.lr * min(1., 2 - 2 * (step - 1) / cfg.steps)
-        x_a, x_b = draw_batch(a.train, cfg.batch), draw_batch(b.train, cfg.batch)
-        with amp:                                       # x_a, x_b (N, 3, S, S): not a pair
-            fake_a, fake_b, other = TERMS[cfg.model](G, x_a, x_b, cfg)
-
-            # ---- D: raise D(x), lower D(G(x)) in both styles; the pools detach the fakes ----
-            real = judge(D, x_a, x_b)                   # real and fake apart, for batch norm
-            before = judge(D, pool_a(fake_a), pool_b(fake_b))
-        loss_D = 2 * d_lsgan(real, before)              # a mean over both styles: twice is the sum
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-
-        # ---- G: raise D(G(x)) on the same fakes, against the D just improved, and come back ----
-        D.requires_grad_(False)                         # D's own gradients are not needed here
+                opt.param_groups[0]["lr"] = cfg.lr * rate
+        x_a = draw_batch(a.train, cfg.batch)                # (N, 3, S, S)
+        x_b = draw_batch(b.train, cfg.batch)                # drawn apart: no pair
         with amp:
-            after = judge(D, fake_a, fake_b)
-        game = 2 * cfg.lambda_gan * g_lsgan(after)
-        loss_G = game + sum(other.values())
-        opt_G.zero_grad()
-        loss_G.backward()                               # one step for both directions
-        opt_G.step()
-        D.requires_grad_(True)
-
-        if step % cfg.log_every == 0 or step in (1, cfg.steps):     # only this waits for the GPU
-            row = {"D": loss_D, "G": game, **other, "D(x)": real.mean(),
-                   "D(G(x)) before": before.mean(), "D(G(x)) after": after.mean(),
-                   "|dD|": data.grad_norm(D), "|dG|": data.grad_norm(G)}
-            log.write(step, cfg.batch, **row)
+            last = train_step(x_a, x_b)
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):     # the only regular GPU sync
+            for name in "D(x)", "D(G(x)) before", "D(G(x)) after":
+                last[name] = torch.cat(last[name]).float().mean()
+            norms = {"|dD|": data.grad_norm(D), "|dG|": data.grad_norm(G)}
+            log.write(step, cfg.batch, **last, **norms)
         if step % cfg.sample_every == 0 or step == cfg.steps:
             draw_sheet(G, a, b, log.grid(step))
             data.save_checkpoint(out / "last.pt", parts, step, cfg)

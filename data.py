@@ -911,14 +911,13 @@ def run_folder(name, cfg, changes, free):
     a run. A folder with files in it must hold a run of this program, so that nobody's pictures are
     overwritten; what could stop the run at its end is checked here, too."""
     need(abs(cfg.seed) <= 9e12, f"--seed {cfg.seed} is not between -9e12 and 9e12")
-    words = [name]
     for field, value in vars(cfg).items():
         if field in changes and field not in free:
             if value and isinstance(value, str):
                 value = os.path.normpath(value)             # photos/ and photos are one folder
                 setattr(cfg, field, value)
-            words.append(f"{field}{value}")
-    out = Path(cfg.out or "out/" + re.sub(r"[^\w.-]", "+", "-".join(words)))
+            name += f"-{field}{value}"
+    out = Path(cfg.out or "out/" + re.sub(r"[^\w.-]", "+", name))
     if (out / "last.pt").is_file():
         need({"log", "step", "config"} <= load_checkpoint(out / "last.pt").keys(), f"{out}/last.pt "
              "is of an older version or another program; name another folder with --out")
@@ -929,8 +928,8 @@ def run_folder(name, cfg, changes, free):
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     need(os.access(DOWNLOADS, os.W_OK), f"cannot write to {DOWNLOADS}: set DOWNLOADS=FOLDER")
     v = versions()
-    print(f"run      {out}  {' '.join(words)}  seed {cfg.seed}  {device(cfg.device)}  "
-          f"{v['threads']} threads  torch {v['torch']}", flush=True)
+    print(f"run      {out}  seed {cfg.seed}  {device(cfg.device)}  {v['threads']} threads  "
+          f"torch {v['torch']}", flush=True)
     return out
 
 
@@ -1168,18 +1167,35 @@ def compare(folders, out):
     return "\n".join(table)
 
 
+def tile(folders, out, columns=4):
+    """The sample pictures of several runs of the same length side by side: the last ones on
+    <out>.png, and those of each step as one frame of <out>.gif."""
+    frames = []
+    for picture in sorted(Path(folders[0]).glob("[0-9]" * 6 + ".png")):
+        pages = [read_picture(Path(folder, picture.name)) for folder in folders]
+        frames.append(grid(torch.stack(pages), columns))
+    need(frames, f"{folders[0]} has no sample pictures; train it first")
+    save(frames[-1], f"{out}.png")
+    gif(f"{out}.gif", frames, 100)
+
+
 @dataclasses.dataclass
 class Command:
-    """What `python data.py compare` is told."""
+    """What `python data.py compare` and `python data.py tile` are told."""
     runs: tuple = ()                # folders of finished runs
     out: str = "out/compare"        # where the results go: OUT.png, OUT-curves.png and OUT.md
 
 
 def main(argv=None):
     """The command line."""
-    _, changes = arguments(Command, argv, dict(compare=Command), positional="runs")
+    commands = dict(compare=Command, tile=Command)
+    do, changes = arguments(Command, argv, commands, positional="runs")
     a = Command(**changes)
-    need(a.runs, "compare which runs? python data.py --help has an example")
+    need(a.runs, f"{do} which runs? python data.py --help has an example")
+    if do == "tile":
+        tile(a.runs, a.out)
+        print(f"wrote {a.out}.png {a.out}.gif")
+        return
     print(compare(a.runs, a.out))
     print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")
 

@@ -8,6 +8,7 @@ what the wrong one would have given. `python test_all.py bench` measures the spe
 import ast
 import contextlib
 import gzip
+import hashlib
 import inspect
 import io
 import json
@@ -33,7 +34,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from pytest import approx
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves, tree_map
 
 import biggan_interp
 import cyclegan
@@ -60,6 +63,53 @@ def golden(name):
         pytest.skip("no ../shared/golden")
     sys.path.append(str(path.parent))
     return json.loads(path.read_text())
+
+
+def recipe(shapes, seed):
+    """{key: shape} -> {key: float32 array}: the weights that a network has for the reference
+    numbers. They come from one NumPy stream, in the order of the sorted keys, so that a few numbers
+    of the output pin down the whole network. weight_u, weight_v: the top singular vectors."""
+    stream = np.random.RandomState(seed)
+    state = {}
+    for key in sorted(shapes):
+        shape = tuple(shapes[key])
+        n = stream.standard_normal(shape)
+        leaf = key.split(".")[-1]
+        if leaf.startswith("running_var"):
+            n = .7 + .7 / (1 + np.exp(-n))
+        elif leaf.startswith("running_mean"):
+            n = .3 * n
+        elif leaf == "gamma":
+            n = .7 + 0 * n
+        elif leaf == "bias":
+            n = .1 * n
+        elif leaf == "weight" and len(shape) == 1:              # of batch norm
+            n = 1 + .1 * n
+        elif leaf in ("weight", "weight_orig") and "embeddings" not in key:
+            n = n * (2 / np.prod(shape[1:])) ** .5              # He-normal
+        state[key] = n.astype(np.float32)
+    for key in [key for key in state if key.endswith("weight_orig")]:
+        W = state[key].astype(float).reshape(shapes[key][0], -1)
+        u = state[key[:-4] + "u"]
+        for _ in range(100):                                    # power iteration
+            v = W.T @ u
+            v /= np.linalg.norm(v)
+            u = W @ v
+            u /= np.linalg.norm(u)
+        state[key[:-4] + "u"] = u.astype(np.float32)
+        state[key[:-4] + "v"] = v.astype(np.float32)
+    return state
+
+
+def dozen(x):
+    """Twelve numbers of a tensor of any shape, evenly spread from its first to its last."""
+    return x.flatten()[np.linspace(0, x.numel() - 1, 12).astype(int)]
+
+
+def digest(shapes):
+    """{key: shape} -> sha256 of all names and shapes, in the order of the sorted keys."""
+    lines = [f"{key} {list(shapes[key])}" for key in sorted(shapes)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -170,29 +220,30 @@ def test_mlp_has_its_layers():
 
 @parametrize("preset", gan.PRESETS)
 def test_presets_make_pictures_and_logits(preset):
-    """As the course has it and as one would do it today; then D has no batch norm."""
+    """As the course has it and as one would do it today; then D has no batch norm. G takes noise
+    of both shapes, (N, z) and the handouts' (N, z, 1, 1)."""
     for modern in (0, 1):
         cfg = gan.config(preset, modern)
         G, D = gan.networks(cfg)
         c = torch.zeros(2, sum(cfg.heads))
         side = gan.NETS[cfg.net][1]
-        x = G(torch.cat([torch.randn(2, cfg.z), c], 1))
+        z = torch.randn(2, cfg.z)
+        x = gan.play_G(G, z, c)
         assert x.shape == (2, cfg.channels, side, side)
-        logits = gan.judge(D, c, cfg, x)
-        assert logits.shape == (2, 1 + c.shape[1] * (cfg.cond == "ac"))
-        assert torch.equal(gan.judge(D, c, cfg, x), logits) != cfg.augment
-    assert "BatchNorm" not in str(D) and cfg.augment == (cfg.channels == 3)
+        assert torch.equal(G.eval()(torch.cat([z, c], 1)[..., None, None]), gan.play_G(G, z, c))
+        assert gan.play_D(D, cfg, x, c).shape == (2, 1 + c.shape[1] * (cfg.cond == "ac"))
+    assert "BatchNorm" not in str(D)
 
 
-def test_surgery():
+def test_settings_change_the_networks():
     """Width, initial weights, activations, batch norm, spectral norm, raw pictures, noise."""
     G, _ = build("dcgan", h=100)
-    assert .019 < G[4].weight.std() < .021 and G[5].weight.mean() > .9
+    assert .019 < G[5].weight.std() < .021 and G[6].weight.mean() > .9
     G, D = build("anime", h=4, act="selu", bn="D")
     assert str(G).count("SELU") == 4 and str(D).count("BatchNorm") == 3
     assert "BatchNorm" not in str(G)
     for sn, layers in ("D", 4), ("both", 8):
-        assert str(build("dcgan", sn=sn)).count("SpectralNorm") == layers
+        assert str(build("dcgan", sn=sn)).count("SpectralWeight") == layers
     G, D = build("dcgan", raw=1)
     x = G(torch.randn(4, 16))
     assert_close(D[0](x), (x + 1) * 127.5, atol=1e-3, rtol=0)     # D sees 0 .. 255
@@ -202,34 +253,52 @@ def test_surgery():
         assert low <= z.min() < low + .01 and .99 < z.max() < 1
 
 
-# ---- gan.py: losses and restraints ---------------------------------------------------------------
+# ---- gan.py: losses and penalties ----------------------------------------------------------------
+
+def at_rest(*nets):
+    """Optimisers that change nothing."""
+    return [torch.optim.SGD(net.parameters(), 0.) for net in nets]
+
 
 def losses(real, fake):
-    """Each loss of gan.py at these logits."""
-    return [gan.d_bce(real, fake), gan.g_bce(fake), gan.g_saturating(fake),
-            gan.d_lsgan(real, fake), gan.g_lsgan(fake), gan.d_wgan(real, fake), gan.g_wgan(fake),
-            gan.d_relativistic(real, fake), gan.g_relativistic(real, fake)]
+    """What D and what G minimise in each training step of gan.py, where D answers these logits: the
+    identity plays both networks, on a batch whose pictures and noise are the logits."""
+    G, D = nets = [nn.PReLU(init=1.) for _ in range(2)]
+    found = []
+    for step in (gan.step_gan, partial(gan.step_gan, saturating=True), gan.step_lsgan,
+                 partial(gan.step_wgan, clip=1.), gan.step_wgan_gp, gan.step_r3gan):
+        for shape in (-1,), (-1, 1):                            # D may answer (N,) or (N, 1)
+            last = step(G, lambda x: D(x).view(shape), *at_rest(*nets),
+                        lambda: (real[:, None], fake[:, None]))
+            found += [last["D"].detach(), last["G"].detach()]
+    return found
 
 
 def test_losses_are_their_equations():
     """Against sigmoid and logarithm, squares and means."""
-    real, fake = torch.randn(2, 64, dtype=torch.double)
+    real, fake = torch.randn(2, 64)
     p = real.sigmoid()
     q = fake.sigmoid()
     pair = (real - fake).sigmoid()
-    assert_close(losses(real, fake), [
-        -p.log().mean() - (1 - q).log().mean(), -q.log().mean(), (1 - q).log().mean(),
-        ((real - 1) @ (real - 1) + fake @ fake) / 128, (fake - 1) @ (fake - 1) / 64,
-        fake.mean() - real.mean(), -fake.mean(),
-        -pair.log().mean(), -(1 - pair).log().mean()])
+    wanted = [(-p.log().mean() - (1 - q).log().mean(), -q.log().mean()),
+              (-p.log().mean() - (1 - q).log().mean(), (1 - q).log().mean()),
+              (((real - 1) @ (real - 1) + fake @ fake) / 128, (fake - 1) @ (fake - 1) / 64),
+              (fake.mean() - real.mean(), -fake.mean()), (fake.mean() - real.mean(), -fake.mean()),
+              (-pair.log().mean(), -(1 - pair).log().mean())]
+    assert_close(losses(real, fake), [loss for both in wanted for loss in 2 * both])
 
 
 def test_mistake_1_sigmoid_before_a_loss_on_logits():
-    """At D = 1/2 the loss is 2 ln 2 and falls to 0; with a sigmoid before it, it cannot."""
+    """At D = 1/2 the loss is 2 ln 2 and falls to 0; with a sigmoid before it, it cannot. A D that
+    got a sigmoid goes with BCELoss, ours with BCEWithLogitsLoss."""
     zero = torch.zeros(4)
     sure = torch.full((4,), 20.)
-    assert abs(gan.d_bce(zero, zero) - 2 * math.log(2)) < 1e-6 and gan.d_bce(sure, -sure) < 1e-6
-    assert gan.d_bce(sure.sigmoid(), (-sure).sigmoid()) > 1
+    assert abs(losses(zero, zero)[0] - 2 * math.log(2)) < 1e-6 and losses(sure, -sure)[0] < 1e-6
+    assert losses(sure.sigmoid(), (-sure).sigmoid())[0] > 1
+    _, D = build("dcgan", h=4)
+    x = torch.randn(4, 1, 32, 32)
+    ones = torch.ones(4, 1)
+    assert_close(nn.BCEWithLogitsLoss()(D(x), ones), nn.BCELoss()(D.append(nn.Sigmoid())(x), ones))
 
 
 def test_mistake_2_a_sum_where_the_equation_has_a_mean():
@@ -239,28 +308,32 @@ def test_mistake_2_a_sum_where_the_equation_has_a_mean():
 
 
 def test_mistake_3_eps_and_eps_do_not_interpolate():
-    """x_hat = eps x + (1 - eps) x_fake, one eps a sample. The slope of |x|^2 / 2 is |x|: between
-    lengths 1 and 2 the penalty is E (1 - eps)^2 = 1/3; with eps and eps it is 1."""
+    """x_hat = eps x + (1 - eps) x_fake, one eps per sample. The slope of |x|^2 / 2 is |x|: between
+    lengths 1 and 2 the penalty is E (1 - eps)^2 = 1/3. With alpha and alpha, as some solutions have
+    it, x_hat is anywhere between lengths 0 and 3, and its mean length is 3/2."""
     x = torch.full((100_000, 4), .5)
-    penalty = gan.gradient_penalty(lambda x: (x ** 2).sum(1) / 2, x, 2 * x)
-    assert abs(penalty - 1 / 3) < .01
+    half_square = lambda x: (x ** 2).sum(1) / 2
+    assert abs(gan.gradient_penalty(half_square, x, 2 * x) - 1 / 3) < .01
+    assert abs(gan.mean_norm_penalty(half_square, x, 2 * x) - 1.5) < .01
+    assert gan.mean_norm_penalty(half_square, x, -x) == 0           # where 1 - alpha would not be 0
 
 
 @parametrize("shape", [(5, 12), (5, 3, 2, 2)])
 def test_mistake_4_the_norm_instead_of_its_distance_to_1(shape):
     """A linear critic's penalty is (|w| - 1)^2, 0 at slope 1; the norm would pull D flat. R1 is
-    |w|^2 / 2."""
+    |w|^2 / 2. --penalty chooses one."""
     D = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
     x, x_fake = torch.randn(2, *shape)
     norm = D[1].weight.norm()
-    assert_close(gan.gradient_penalty(D, x, x_fake), (norm - 1) ** 2)
-    assert_close(gan.r1_penalty(D, x), norm ** 2 / 2)
+    for name, wanted in ("gp", (norm - 1) ** 2), ("r1", norm ** 2 / 2), ("mean-norm", norm):
+        chosen = gan.step_settings(gan.config("emoji", penalty=name), 1)["penalty"]
+        assert_close(chosen(D, x, x_fake), wanted)
 
 
 @parametrize("layer, dim", [(nn.Conv2d(3, 8, 4), 0), (nn.ConvTranspose2d(8, 3, 4), 1)])
 def test_spectral_norm_is_the_largest_singular_value(layer, dim):
     """W / sigma(W) has the largest singular value 1; evaluation iterates no further. BigGAN's."""
-    gan.spectral_norm([layer])
+    assert gan.spectral_norm(layer) is layer
     big = biggan_interp.Spectral(16, 8, 3, 3)
     nn.init.normal_(big.weight_orig)
     with torch.autocast("cpu"):                     # bfloat16, but not here
@@ -273,18 +346,27 @@ def test_spectral_norm_is_the_largest_singular_value(layer, dim):
 
 
 def test_conditions_and_the_auxiliary_classifier():
-    """One-hots side by side; ln 12 + ln 11 of a D that knows nothing, 0 of one that knows all."""
+    """One-hots side by side; ln 12 + ln 11 of a D that knows nothing, 0 of one that knows all. D
+    learns the classes from real pictures only, G from its own."""
     heads = 12, 11
     c = gan.condition(torch.tensor([37, 131]), heads)       # hair 3, eyes 4; hair 11, eyes 10
     assert c.nonzero().tolist() == [[0, 3], [0, 16], [1, 11], [1, 22]]
+    assert torch.equal(gan.condition(torch.tensor([1, 0]), 2), torch.eye(2).flip(0))
     assert abs(gan.ac_loss(0 * c, c, heads) - math.log(132)) < 1e-5
-    assert gan.ac_loss(99 * c, c, heads) == 0
+    assert gan.ac_loss(99 * c, c, heads) == 0 == gan.ac_loss(99 * c[:, :12], c[:, :12], 12)
     x = gan.planes(torch.zeros(2, 3, 4, 4), c)
     assert torch.equal(x[..., 0, 3], F.pad(c, (3, 0)))      # three channels, then c
+    for step in gan.step_acgan, gan.step_r3gan:
+        G, D = nets = nn.PReLU(), nn.Linear(1, 24)
+        with mock.patch.object(gan, "ac_loss", side_effect=gan.ac_loss) as named:
+            last = step(lambda z, c: G(z), lambda x, c=None: D(x), *at_rest(*nets),
+                        lambda: (torch.ones(2, 1), -torch.ones(2, 1), c), heads=heads)
+        assert_close([call.args[0] for call in named.mock_calls],
+                     [D(x)[:, 1:] for x in (last["x"], last["x_fake"])])
 
 
 def test_diff_augment():
-    """Own colours and an own shift of up to an eighth a picture."""
+    """Every picture has its own colours and its own shift of up to an eighth."""
     y = gan.diff_augment(torch.tensor([.5, 0, -.5]).view(1, 3, 1, 1).repeat(512, 1, 32, 32))
     red, green, blue = y[:, :, 16, 16].T
     strength = red - blue                           # saturation, 0 to 2, times contrast
@@ -294,7 +376,7 @@ def test_diff_augment():
     assert {*seen.any(1).sum(1).tolist()} == {*seen.any(2).sum(1).tolist()} == {*range(28, 33)}
 
 
-# ---- gan.py: the game ----------------------------------------------------------------------------
+# ---- gan.py: the training steps ------------------------------------------------------------------
 
 def small(preset="dcgan", modern=0, **changes):
     """The config of a run of seconds."""
@@ -302,66 +384,116 @@ def small(preset="dcgan", modern=0, **changes):
     return gan.config(preset, modern, **cfg | changes)
 
 
-def drawn(cfg, *sets):
-    """The batches that train draws in its steps, one of each set."""
-    for step in range(1, cfg.steps + 1):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)
-        yield [x[torch.randint(len(x), (cfg.batch,))] / 127.5 - 1 for x in sets]
+def seeded(cfg, steps):
+    """The states of a textbook loop, a generator, after each of train's steps, with its seeds."""
+    for step in range(cfg.steps + 1):
+        if step:
+            torch.manual_seed(cfg.seed * 1_000_003 + step)
+        yield next(steps)
+
+
+def some(x, n):
+    """n random pictures of uint8 x, in [-1, 1]."""
+    return x[torch.randint(len(x), (n,))] / 127.5 - 1
 
 
 def take_step(opt, loss):
-    """One step of an optimiser down a loss."""
+    """One step of an optimiser that reduces a loss."""
     opt.zero_grad()
     loss.backward()
     opt.step()
 
 
-def textbook_gan(cfg, batches):
-    """The game in the plainest words, as tutorials have it: float32 NCHW, sigmoid and BCELoss,
-    plain Adam, .item() each step; or relativistic. Penalties. Yields (G, D) after a step."""
+def textbook_gan(cfg, draw):
+    """The training loop in the plainest words, as tutorials have it: float32 NCHW, sigmoid and
+    BCELoss, plain Adam, .item() each step. draw() gives real pictures. Yields (G, D) before the
+    first step and after each."""
     torch.manual_seed(cfg.seed)
     G, D = gan.networks(cfg)
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
                     for net in (G, D)]
+    if cfg.d_opt == "rmsprop":
+        opt_D = torch.optim.RMSprop(D.parameters(), cfg.lr)
     bce = nn.BCELoss()
+    mse = nn.MSELoss()
     ones = torch.ones(cfg.batch, 1)
-    pairs = cfg.loss == "relativistic"
-    for step, (x,) in enumerate(batches, 1):
-        x_fake = G(torch.randn(cfg.batch, cfg.z))
-        real, fake = D(x), D(x_fake.detach())
-        if pairs:
-            loss_D = bce((real - fake).sigmoid(), ones)
-        else:
-            loss_D = bce(real.sigmoid(), ones) + bce(fake.sigmoid(), 0 * ones)
-        if cfg.gp:
-            loss_D += cfg.gp * gan.gradient_penalty(D, x, x_fake)
-        if cfg.r1 and step % 2 == 0:
-            penalty = cfg.r1 * gan.r1_penalty(D, x) + cfg.r2 * gan.r1_penalty(D, x_fake)
-            loss_D += 2 * penalty
-        take_step(opt_D, loss_D)
-        if cfg.fresh:
+    loss = cfg.loss[:4]                             # wgan-gp is wgan with another way to hold D
+    yield G, D
+    while True:
+        for _ in range(cfg.d_steps):
+            x = draw()
             x_fake = G(torch.randn(cfg.batch, cfg.z))
-        after = D(x_fake) - D(x) if pairs else D(x_fake)
-        loss_G = bce(after.sigmoid(), ones)
+            real, fake = D(x), D(x_fake.detach())
+            loss_D = {"gan": bce(real.sigmoid(), ones) + bce(fake.sigmoid(), 0 * ones),
+                      "lsga": (mse(real, ones) + mse(fake, 0 * ones)) / 2,
+                      "wgan": fake.mean() - real.mean(),
+                      "r3ga": bce((real - fake).sigmoid(), ones)}[loss]
+            if cfg.gp:
+                loss_D += cfg.gp * gan.gradient_penalty(D, x, x_fake)
+            if cfg.r1:                              # in every second step, twice as strong
+                due = 2 * (torch.initial_seed() % 1_000_003 % 2 == 0)
+                loss_D += due * cfg.r1 * gan.r1_penalty(D, x)
+                loss_D += due * cfg.r2 * gan.r1_penalty(D, x_fake)
+            take_step(opt_D, loss_D)
+            if cfg.clip:
+                for w in D.parameters():
+                    w.data.clamp_(-cfg.clip, cfg.clip)
+        if loss == "lsga":                          # the emoji handout draws noise anew
+            draw()
+            x_fake = G(torch.randn(cfg.batch, cfg.z))
+        after = D(x_fake)
+        loss_G = {"gan": bce(after.sigmoid(), ones), "lsga": mse(after, ones),
+                  "wgan": -after.mean(), "r3ga": bce((after - D(x)).sigmoid(), ones)}[loss]
         take_step(opt_G, loss_G)
         loss_G.item()
         yield G, D
 
 
 @parametrize("changes", [
-    {}, dict(fresh=1, gp=9.),
-    dict(modern=1, penalty_every=2, r2=9., init="default")])
-def test_mistake_5_no_detach_and_the_order_of_the_game(changes, tmp_path):
-    """Two steps equal a reference: D's step leaves G alone, G plays the same fakes against the D
-    just improved."""
+    {}, dict(r1=9., penalty_every=2), dict(loss="lsgan", gp=9.), dict(loss="wgan", g_opt="adam"),
+    dict(loss="wgan-gp"), dict(modern=1, penalty_every=2, r2=9., init="default")])
+def test_mistake_5_no_detach_and_the_order_of_the_updates(changes, tmp_path):
+    """Two steps of each loss equal a reference: D's update leaves G alone, and G is then scored, on
+    the same fakes, by the updated D."""
     cfg = small(**changes)
     x_all = images()
     *nets, log = gan.train(cfg, x_all, torch.zeros(40).long(), tmp_path, CPU)
     assert log.rows[0]["D"] < 2                             # without the penalty
-    *_, by_hand = textbook_gan(cfg, drawn(cfg, x_all))
+    *_, by_hand = seeded(cfg, textbook_gan(cfg, lambda: some(x_all, cfg.batch)))
     inputs = torch.randn(8, cfg.z), torch.randn(8, 1, 32, 32)
     for net, reference, at in zip(nets, by_hand, inputs):
         assert_close(net(at), reference(at), rtol=0, atol=1e-5)
+
+
+def test_bfloat16_scores_by_the_updated_D():
+    """Autocast keeps bfloat16 copies of the weights. They are old once an optimiser has moved."""
+    G, D = nets = build("mlp", h=4)
+    opt_G, opt_D = [torch.optim.SGD(net.parameters(), 1.) for net in nets]
+    batch = torch.randn(8, 1, 32, 32), torch.randn(8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        last = gan.step_gan(G, D, opt_G, opt_D, lambda: batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(last["after"], D(last["x_fake"]))
+    assert inspect.getsource(gan.descend) == inspect.getsource(cyclegan.descend)
+
+
+def test_settings_of_the_loss_the_preset_and_the_user():
+    """A loss brings its own settings and none of another loss; flags that are typed win; a flag
+    that the loss does not read is an error."""
+    cfg = gan.config("cwgan", loss="wgan", d_steps=3)
+    assert (cfg.clip, cfg.gp, cfg.d_opt, cfg.d_steps, cfg.lr) == (.01, 0, "rmsprop", 3, 5e-5)
+    assert gan.config("wgan").lr == 2e-4 and gan.config("wgan", loss="gan").d_opt == "adam"
+    cfg = gan.config("anime", 1, lr=1e-3)
+    assert (cfg.loss, cfg.r2, cfg.lr, cfg.beta1) == ("r3gan", .3, 1e-3, 0)
+    assert [gan.step_settings(cfg, step)["r1"] for step in (4, 5)] == [4 * .3, 0]
+    cfg = gan.config("anime", 1, loss="gan")                # today's recipe with another loss
+    assert (cfg.loss, cfg.r2, cfg.lr) == ("gan", .3, 5e-4)
+    for loss, gp in ("wgan-gp", .1), ("lsgan", 0), ("r3gan", 0):
+        cfg = gan.config("ring", loss=loss)                 # all have the same Adam
+        assert (cfg.gp, cfg.lr, cfg.beta1, cfg.d_opt) == (gp, 1e-3, .5, "adam")
+    for loss, name in ("gan", "d_steps"), ("wgan", "gp"), ("lsgan", "penalty_every"):
+        with refused(match=f"--{name.replace('_', '-')} has no effect on --loss {loss}"):
+            gan.check(gan.config("dcgan", loss=loss), {name: 1})
 
 
 def test_mistake_6_samples_in_training_mode():
@@ -373,31 +505,78 @@ def test_mistake_6_samples_in_training_mode():
     assert not torch.allclose(G(z)[:1], G(z[:2])[:1])
 
 
-def test_mistake_7_real_and_fake_in_one_batch(tmp_path, monkeypatch):
-    """Batch norm of D in one pass over both would mix their statistics: D has a pass for the real,
-    the fake, and G's step. It learns classes from the real, G from its own."""
-    passes = []
-    named = []
-    judge = gan.judge
-    ac_loss = gan.ac_loss
-    monkeypatch.setattr(gan, "judge", lambda *a: passes.append(judge(*a)) or passes[-1])
-    monkeypatch.setattr(gan, "ac_loss", lambda *a: named.append(a[0]) or ac_loss(*a))
-    cfg = small("text2img", steps=1, d_steps=2)
-    gan.train(cfg, images(40, 3, 64), torch.arange(40), tmp_path, CPU)
-    assert [len(logits) for logits in passes] == 5 * [cfg.batch]
-    assert_close(named, [passes[i][:, 1:] for i in (0, 2, 4)])
+@parametrize("preset", ["dcgan", "emoji", "text2img", "cwgan", "ring"])
+@parametrize("loss, passes", dict(gan=3, saturating=3, lsgan=3, wgan=11, acgan=3, r3gan=4,
+                                  **{"wgan-gp": 16}).items())
+def test_mistake_7_real_and_fake_in_one_batch(loss, passes, preset, tmp_path, monkeypatch):
+    """Batch norm of D in one pass over both would mix their statistics: D has a pass of its own for
+    real pictures, for fakes, and for G's update. Every loss trains on every network; only class
+    logits that nobody reads are refused."""
+    seen = []
+    play_D = gan.play_D
+    monkeypatch.setattr(gan, "play_D", lambda *a: seen.append(len(a[2])) or play_D(*a))
+    cfg = small(preset, loss=loss, steps=1, penalty_every=9)
+    if preset == "text2img" and loss not in ("acgan", "r3gan"):
+        with refused(match="--cond planes"):
+            gan.check(cfg, {})
+        cfg.cond = "planes"
+    gan.check(cfg, {})
+    cfg.heads = cfg.heads or (10,) * (loss == "acgan")
+    x = images(40, cfg.channels, gan.NETS[cfg.net][1])
+    gan.train(cfg, x, torch.arange(40) % 10, tmp_path, CPU)
+    assert seen == passes * [cfg.batch] and Path("000001.png").is_file()
 
 
 def test_average_and_refresh(tmp_path):
-    """theta_ema = decay theta_ema + (1 - decay) theta; batch-norm statistics from its weights."""
+    """theta_ema = decay theta_ema + (1 - decay) theta, with a decay of 1 / 11 in the first step;
+    batch norm statistics from its weights."""
     cfg = small(ema=.9, steps=1)
     torch.manual_seed(cfg.seed)
     first, _ = gan.networks(cfg)
     G_ema, *_ = gan.train(cfg, images(), torch.zeros(40).long(), tmp_path, CPU)
     last = data.load_checkpoint("last.pt")["G"]
-    assert_close(G_ema[1].weight, .9 * first[1].weight + .1 * last["1.weight"])
-    h = G_ema[:2](torch.randn(10_000, 8))           # what the first batch norm sees, (N, 16, 4, 4)
-    assert_close(G_ema[2].running_var, h.var((0, 2, 3)), atol=0, rtol=.05)
+    assert_close(G_ema[2].weight, first[2].weight / 11 + last["2.weight"] * 10 / 11)
+    h = G_ema[:3](torch.randn(10_000, 8))           # what the first batch norm sees, (N, 16, 4, 4)
+    assert_close(G_ema[3].running_var, h.var((0, 2, 3)), atol=0, rtol=.05)
+
+
+def test_networks_fit_the_handouts_loops():
+    """Loops as three handouts write them, with noise (N, dim, 1, 1). CSC413's gan_training_loop:
+    SpectralNorm(layer) is our spectral_norm(layer), and D's answer is squeezed. The Tsinghua
+    train_step: BCEWithLogitsLoss takes the place of BCELoss. CS763's conditional lab."""
+    SpectralNorm = gan.spectral_norm
+    G, D = build("emoji", h=4, d_h=4)
+    D[0] = SpectralNorm(nn.Conv2d(3, 4, 5, 2, 2, bias=False))
+    real_images = torch.randn(8, 3, 32, 32)
+    fake_images = G(torch.rand(8, 100, 1, 1) * 2 - 1)
+    d_real_loss = torch.mean((D(real_images).squeeze() - 1) ** 2) / 2
+    d_fake_loss = torch.mean(D(fake_images.detach()).squeeze() ** 2) / 2
+    d_penalty = gan.gradient_penalty(D, real_images, fake_images)
+    (d_real_loss + d_fake_loss + 10 * d_penalty).backward()
+    assert D[0].parametrizations.weight.original.grad.any() and G[2].weight.grad is None
+    criterion = nn.BCEWithLogitsLoss()
+    G, D = build("dcgan", h=4)
+    d_loss = criterion(D(torch.randn(8, 1, 32, 32)).view(-1), torch.ones(8))
+    d_loss += criterion(D(G(torch.randn(8, 16, 1, 1)).detach()).view(-1), torch.zeros(8))
+    assert abs(d_loss - 2 * math.log(2)) < .1
+    c = gan.condition(torch.arange(8), 10)
+    G, _ = build("mnist28", z=110, h=4)
+    _, D = build("mnist28", channels=11, h=4)
+    x_fake = G(torch.cat([torch.randn(8, 100, 1, 1), c[..., None, None]], 1))
+    assert x_fake.shape == (8, 1, 28, 28) and D(gan.planes(x_fake, c)).view(-1).shape == (8,)
+
+
+def test_ring_counts_modes_and_good_points():
+    """A mode needs a fifth of its share; a point is good within 4 standard deviations, 0.08."""
+    x = data.RING.repeat(100, 1)
+    assert gan.found(x) == (8, 1)
+    x[7::8] = x[0]                                  # the eighth centre is lost
+    x[1] += torch.tensor([.079, 0])
+    x[2] += torch.tensor([0, .081])
+    modes, good = gan.found(x[..., None, None])
+    assert modes == 7 and good == approx(799 / 800)
+    x[6::8][19:] = 0                                # 19 of 100 points: less than a fifth
+    assert gan.found(x)[0] == 6
 
 
 def test_between_prompts_and_ends():
@@ -420,7 +599,7 @@ def test_compare_and_a_run_that_blows_up():
     each one's samples, their curves over each other."""
     line = "gan.py mlp --data digits --h 4 --log-every 1 --samples 200 --out "
     run(line + "sound --steps 2")
-    assert "lower learning rate" in run(line + "sick --loss wgan --lr 1e3", code=2)
+    assert "lower learning rate" in run(line + "sick --loss lsgan --lr 1e9", code=2)
     assert data.load_checkpoint("sick/last.pt")["step"] == 1
     record = json.loads(Path("sick/result.json").read_text())
     assert record["log"]["step"][0] == 1 and record["grids"] == [1]
@@ -484,6 +663,24 @@ def test_two_ranks_equal_one():
     assert_close((one["G"], one["D"]), (two["G"], two["D"]), rtol=0, atol=1e-5)
 
 
+@parametrize("changes", ["", "--loss gan --r1 1", "--modern 1"])
+def test_ring_runs(changes):
+    """Its pictures show D's output, its GIF moves, its last line counts. Two runs on one sheet."""
+    line = f"gan.py ring --steps 3 --sample-every 1 --samples 200 {changes} --out "
+    done = [run(line + name) for name in ("a", "b --seed 1")]
+    assert all(re.search(r"\n\d of 8 modes, \d+% good\n$", text) for text in done)
+    page = Image.open("a/000003.png").convert("RGB")
+    assert page.size == (240, 240) and (215, 30, 30) in {colour for _, colour in page.getcolors(999)}
+    run("data.py tile a b --out both")
+    assert Image.open("both.png").size == (4 * 244, 244) and Image.open("both.gif").n_frames > 1
+
+
+def test_learns_the_ring():
+    """With R1 the same networks that collapse without it find all eight modes."""
+    run("gan.py ring --loss gan --r1 1 --steps 800 --log-every 100 --samples 2000 --out run")
+    assert data.read_run("run")[0]["modes"] == 8
+
+
 def test_learns_digits():
     """400 steps: the FID falls below a third of the untrained generator's; most digits occur."""
     found = []
@@ -498,11 +695,15 @@ def test_a_run_writes_what_it_promises():
     measures it, its last line one JSON object; a trained G is used in three lines."""
     line = "gan.py text2img --data faces-a --h 4 --steps 2 --batch 4 --samples 200 --out run "
     assert ("wrote    run: conditions.png curves.png interpolation.png labels.npy last.pt log.csv "
-            "result.json samples.npy training.gif\nFID") in run(line + "--dump 150")
+            "neighbours.png result.json samples.npy training.gif\nFID") in run(line + "--dump 150")
     assert np.load("run/samples.npy").shape == (150, 64, 64, 3) and Path("run/000002.png").exists()
     ends = np.asarray(Image.open("run/interpolation.png")) == (255, 0, 0)
     assert ends.all(2).any()                        # beyond them pictures are framed red
     assert "wrote run/prompt.png" in run(line + "--prompt 'red hair blue eyes'")
+    before = Path("run/result.json").stat().st_mtime_ns
+    assert run(line + "--draw 12").endswith("12 pictures to run/drawn, and all on run/drawn.png\n")
+    assert len(os.listdir("run/drawn")) == 12 and Image.open("run/drawn/00012.png").size == (64, 64)
+    assert Path("run/result.json").stat().st_mtime_ns == before
     assert "step " not in run(line)
     first, *lines, last = run("fid.py run --json 1 --n 120").splitlines()
     r = json.loads(last)
@@ -589,7 +790,7 @@ def test_help_of_a_preset_shows_its_own_values():
 @parametrize("line, says", [
     ("gan.py gcdan", "invalid choice: 'gcdan'"),
     ("gan.py dcgan --lr nan", "--lr nan must be positive"),
-    ("gan.py dcgan --batch 1", "--batch 1 must be 2 or more"),
+    ("gan.py dcgan --batch 1", "--batch 1 must be"),
     ("gan.py dcgan --steps 0", "needs out/dcgan/last.pt"),
     ("gan.py dcgan --data digits --out one --resume 0", "no run of this program: name another"),
     ("gan.py dcgan --data digits --out foreign --resume 0", "another program; name another"),
@@ -622,7 +823,8 @@ def test_bad_input_is_one_line(line, says):
         data.write_text(name, "half")
     torch.save(Evil(), "empty/last.pt")
     parts = dict(log=data.Log(Path(), 1))
-    data.save_checkpoint("wide/last.pt", parts, 1, gan.config("dcgan", data="digits", h=8))
+    cfg = gan.config("dcgan", data="digits", h=8, augment=0)
+    data.save_checkpoint("wide/last.pt", parts, 1, cfg)
     data.save(Image.new("RGB", (40, 40)), "one/000001.png")
     data.save_state("foreign/last.pt", dict(model=0, log=3))
     np.save("floats.npy", np.zeros((9, 8, 8)))
@@ -752,7 +954,7 @@ def test_downloads_try_mirrors_and_keep_nothing_bad(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Answer(sent[url])
                         if url in sent else open(url))
     monkeypatch.setattr(data, "DOWNLOADS", Path("dl"))
-    good = data.hashlib.sha256(b"good").hexdigest()
+    good = hashlib.sha256(b"good").hexdigest()
     with pytest.raises(data.Unavailable, match="No such.*cut off.*web page.*wrong file.*at dl/x"):
         data.fetch("x", ["none", "cut", "page", "other"], good)
     assert not os.listdir("dl")
@@ -976,6 +1178,68 @@ def test_cyclegan_networks_are_the_published_ones(make, parameters, shape):
     assert count(net) == parameters and net(torch.zeros(2, 3, 32, 32)).shape == shape
 
 
+def paste(script, names):
+    """What a student gets who copies these definitions into a notebook."""
+    notebook = {"torch": torch, "nn": nn, "F": F}
+    for name in names.split():
+        exec(inspect.getsource(getattr(script, name)), notebook)
+    return notebook
+
+
+@parametrize("spectral_norm", [False, True])
+def test_skeleton_dcgenerator(spectral_norm):
+    """The emoji handout's class, typed by hand, filled in with our upconv."""
+    upconv = paste(cyclegan, "conv upconv")["upconv"]
+
+    class DCGenerator(nn.Module):
+        def __init__(self, noise_size, conv_dim, spectral_norm=False):
+            super().__init__()
+            sn = dict(spectral_norm=spectral_norm)
+            self.conv_dim = conv_dim
+            self.linear_bn = upconv(noise_size, conv_dim * 64, kernel_size=1, padding=0, stride=0,
+                                    **sn)
+            self.upconv1 = upconv(conv_dim * 4, conv_dim * 2, 5, **sn)
+            self.upconv2 = upconv(conv_dim * 2, conv_dim, 5, **sn)
+            self.upconv3 = upconv(conv_dim, 3, 5, stride=2, padding=2, batch_norm=False, **sn)
+
+        def forward(self, z):
+            out = F.relu(self.linear_bn(z)).view(-1, self.conv_dim * 4, 4, 4)
+            out = F.relu(self.upconv1(out))
+            out = F.relu(self.upconv2(out))
+            return F.tanh(self.upconv3(out))
+
+    G = DCGenerator(100, 32, spectral_norm)
+    assert count(G) == 467_488 and G(torch.rand(2, 100, 1, 1)).shape == (2, 3, 32, 32)
+    convs = [m for m in G.modules() if isinstance(m, nn.Conv2d)]
+    sigmas = torch.stack([torch.linalg.svdvals(m.weight.flatten(1))[0] for m in convs])
+    assert len(sigmas) == 4 and ((sigmas - 1).abs().max() < .1) == spectral_norm
+
+
+def test_skeleton_cyclegan_training_loop():
+    """The handout's loop and its D, whose output is squeezed to (N,); a last batch is shorter."""
+    notebook = paste(cyclegan, "conv upconv ResnetBlock CycleGenerator cycle_discriminator descend "
+                               "least_squares cycle_loss ImagePool step_cyclegan")
+    G_XtoY, G_YtoX = [notebook["CycleGenerator"](conv_dim=4, init_zero_weights=True) for _ in "XY"]
+    for m in G_XtoY[0][0], G_YtoX[2][0]:
+        assert m.weight.std().item() == approx(1e-3, rel=.15)
+    D_X, D_Y = [nn.Sequential(notebook["cycle_discriminator"](), nn.Flatten(0)) for _ in "XY"]
+
+    def cyclegan_training_loop(dataloader_X, dataloader_Y, lr=3e-4, beta1=.5):
+        g_params = list(G_XtoY.parameters()) + list(G_YtoX.parameters())
+        d_params = list(D_X.parameters()) + list(D_Y.parameters())
+        g_optimizer = torch.optim.Adam(g_params, lr, [beta1, .999])
+        d_optimizer = torch.optim.Adam(d_params, lr, [beta1, .999])
+        for images_X, images_Y in zip(dataloader_X, dataloader_Y):
+            yield notebook["step_cyclegan"](
+                G_XtoY, G_YtoX, D_X, D_Y, g_optimizer, d_optimizer, images_X, images_Y,
+                cycle=.015, identity=.5, pool_a=notebook["ImagePool"](5))
+
+    X, Y = torch.rand(2, 30, 3, 32, 32)
+    found = list(cyclegan_training_loop(16 * [X[:4]] + [X[:2]], 16 * [-Y[:4]] + [-Y[:3]]))
+    assert found[15]["D"] < found[0]["D"] / 4 and found[15]["cycle"] < found[0]["cycle"]
+    assert D_X(X).shape == (30,) and len(found) == 17
+
+
 def test_mistake_10_shared_layers_twice_in_the_optimiser(tmp_path):
     """UNIT's two shared blocks are in the optimiser once, and on every path."""
     cfg = cyclegan.config(model="unit", steps=1, batch=2)
@@ -996,62 +1260,89 @@ def test_cyclegan_pool_shows_old_pictures_half_the_time():
     assert ages.mean().item() == approx(50, rel=.15)     # replaced once in 100 draws
 
 
-class Toy:
-    """Networks of one number a pixel: G_ab adds 1, G_ba doubles, and so do UNIT's parts."""
+class Toy(nn.Module):
+    """UNIT with one weight, 1: what its parts do to a number."""
 
-    def __call__(self, x, way):
-        return x + 1 if way == "ab" else 2 * x
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()))
 
     def encode(self, x, style):
-        return x + 1 if style == "a" else 2 * x
+        return x + self.one if style == "a" else 2 * x * self.one
 
     def decode(self, z, style):
-        return z + 3 if style == "a" else 5 * z
+        return z + 3 * self.one if style == "a" else 5 * z * self.one
 
 
-def test_cyclegan_terms_are_the_equations(monkeypatch):
-    """Of black pictures a = 0 and white ones b = 1, each with 12 numbers: CycleGAN's L1 is their
-    sum, UNIT's their mean; KL(N(mu, 1) | N(0, 1)) is mu^2 / 2, and UNIT counts it twice."""
-    monkeypatch.setattr(cyclegan, "noisy", nn.Identity())
+def test_cyclegan_steps_are_their_equations(monkeypatch):
+    """Of black pictures a = 0 and white ones b = 1, each with 12 numbers, with networks and latents
+    that are computed in the head. CycleGAN's L1 is their sum, UNIT's their mean."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)          # UNIT's noise
+    G = Toy()
+    w = nn.Parameter(torch.ones(()))
+
+    def D(x):
+        return w * x.mean((1, 2, 3))
+
+    opts = [torch.optim.SGD([p], 0.) for p in (G.one, w)]               # nothing moves
     a, b = torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2)
-    cfg = cyclegan.config(identity=.5, lambda_cycle=.1)
-    fake_a, fake_b, terms = cyclegan.cycle_terms(Toy(), a, b, cfg)
-    assert fake_a.unique() == 2 and fake_b.unique() == 1
-    assert terms["cycle"] == approx(.1 * 12 * (2 + 2))           # back to 2 and 3
-    assert terms["identity"] == approx(.05 * 12 * (0 + 1))       # 0 and 2
-    fake_a, fake_b, terms = cyclegan.unit_terms(Toy(), a, b, cfg)
-    assert fake_a.unique() == 5 and fake_b.unique() == 5                # mu_a 1, mu_b 2
-    want = {"reconstruction": 100 * (4 + 9), "cycle": 100 * (13 + 29), "kl": .1 * (1 + 4),
-            "cycle kl": .1 * (100 + 36)}                                # mu_ab 10, mu_ba 6
-    assert terms == approx(want)
+    pools = dict(pool_a=lambda x: x - 1, pool_b=lambda x: x + 2)
+    last = cyclegan.step_cyclegan(lambda x: x + G.one, lambda x: 2 * x * G.one, D, D, *opts, a, b,
+                                  gan=3., cycle=.1, identity=.5, **pools)
+    want = {"D": (1 + 1 + 0 + 9) / 2,                               # fakes 2 and 1, shown as 1, 3
+            "G": 3 * (1 + 0), "cycle": .1 * 12 * (2 + 2),           # back to 2 and 3
+            "identity": .05 * 12 * (0 + 1)}                         # 0 and 2
+    assert {name: last[name].item() for name in want} == approx(want)
+    last = cyclegan.step_unit(G, D, D, *opts, a, b, gan=3., **pools)
+    want = {"D": (1 + 16 + 0 + 49) / 2,                             # mu 1, 2; fakes 5, 5
+            "G": 3 * (16 + 16), "reconstruction": 100 * (4 + 9), "cycle": 100 * (13 + 29),
+            "kl": .1 * (1 + 4), "cycle kl": .1 * (100 + 36)}        # mu_ab 10, mu_ba 6
+    assert {name: last[name].item() for name in want} == approx(want)
+    seen = [torch.cat(last[name]).mean().item() for name in last if "(" in name]
+    assert seen == [.5, (4 + 7) / 2, 5]
+    mu = torch.randn(9, 9)
+    kl = torch.distributions.kl_divergence
+    N = torch.distributions.Normal
+    assert_close(cyclegan.latent_kl(mu), 2 * kl(N(mu, 1), N(0, 1)).mean())
 
 
 def textbook_cyclegan(cfg, batches):
-    """CycleGAN as the exercises have it: D and G each translate anew, a loss a style. Yields D's
-    loss, G's and G after a step."""
+    """CycleGAN in the plainest words: D and G each translate anew. Yields the losses of D and G,
+    and (G, D), after a step."""
     torch.manual_seed(cfg.seed)
     G, D = cyclegan.networks(cfg)
+    G_ab, G_ba = G.values()
     D_a, D_b = D.values()
-    opt_G, opt_D = (torch.optim.Adam(net.parameters(), cfg.lr, (.5, .999)) for net in (G, D))
+    opt_G, opt_D = [torch.optim.Adam(net.parameters(), cfg.lr, (.5, .999)) for net in (G, D)]
     for a, b in batches:
-        fake_a, fake_b = G(b, "ba").detach(), G(a, "ab").detach()
-        loss_D = gan.d_lsgan(D_a(a), D_a(fake_a)) + gan.d_lsgan(D_b(b), D_b(fake_b))
+        real = (D_a(a) - 1).square().mean() + (D_b(b) - 1).square().mean()
+        fake = D_a(G_ba(b).detach()).square().mean() + D_b(G_ab(a).detach()).square().mean()
+        loss_D = (real + fake) / 2
         take_step(opt_D, loss_D)
-        fake_a, fake_b, other = cyclegan.cycle_terms(G, a, b, cfg)
-        loss_G = cfg.lambda_gan * (gan.g_lsgan(D_a(fake_a)) + gan.g_lsgan(D_b(fake_b)))
-        take_step(opt_G, loss_G + other["cycle"])
-        yield loss_D.item(), loss_G.item(), G
+        fake_a, fake_b = G_ba(b), G_ab(a)
+        loss_G = (D_a(fake_a) - 1).square().mean() + (D_b(fake_b) - 1).square().mean()
+        back = (G_ba(fake_b) - a).abs().sum() + (G_ab(fake_a) - b).abs().sum()
+        same = 0.
+        if cfg.identity:
+            same = (G_ba(a) - a).abs().sum() + (G_ab(b) - b).abs().sum()
+        other = cfg.lambda_cycle * (back + cfg.identity * same) / len(a)
+        take_step(opt_G, cfg.lambda_gan * loss_G + other)
+        yield loss_D.item(), loss_G.item(), (G, D)
 
 
-def test_cyclegan_step_is_the_game(tmp_path):
-    """D's step, then G's on the same fakes, twice: as in the exercises."""
-    cfg = cyclegan.config(steps=2, batch=4, amp=0, lambda_gan=10.)
+def test_cyclegan_trains_as_the_textbook(tmp_path):
+    """Two steps: the same losses, the same networks. G is scored by the updated D."""
+    cfg = cyclegan.config(steps=2, batch=4, amp=0, lambda_gan=9., identity=.5, log_every=1)
     styles = faces()
-    *_, log = cyclegan.train(cfg, *styles, tmp_path, CPU)
+    G, D, log = cyclegan.train(cfg, *styles, tmp_path, CPU)
     batches = drawn(cfg, *[style.train for style in styles])
-    *_, (loss_D, loss_G, G) = textbook_cyclegan(cfg, batches)
-    want = {"D": loss_D, "G": loss_G, "|dG|": data.grad_norm(G).item()}
+    *_, (loss_D, loss_G, by_hand) = textbook_cyclegan(cfg, batches)
+    want = {"D": loss_D, "G": 9 * loss_G, "|dG|": data.grad_norm(by_hand[0]).item()}
     assert {name: log.rows[1][name] for name in want} == approx(want, rel=1e-2)
+    x = torch.randn(8, 3, 32, 32)
+    for nets, references in zip((G, D), by_hand):
+        for net, reference in zip(nets.values(), references.values()):
+            assert (net(x) - reference(x)).abs().mean() < 1e-3      # an error moves it by .003
 
 
 def test_cyclegan_scores_see_that_nothing_was_done():
@@ -1097,33 +1388,46 @@ def test_cyclegan_translates_files_and_trains_nothing(flags):
 
 # ---- biggan_interp.py ----------------------------------------------------------------------------
 
+GOLDEN_BIGGAN = {  # truncation: a dozen numbers of the pictures, from independent code
+    1: "-.3509 -.2513 .6081 -.1732 .0427 .3385 .4939 -.3878 .2063 .5715 -.3273 -.1240",
+    0.4: "-.2045 .4651 .3142 -.0958 -.0144 .0743 .0206 -.1070 .3723 .1108 -.2185 .0331",
+    0.5: "-.1821 .4171 .5563 -.1872 -.0874 -.0896 .0668 -.4483 .2160 .1652 -.4569 -.1517",
+    0.43: "-.4949 .2443 .4297 -.5537 -.0109 .2118 .5206 -.5188 .1029 .1490 -.4895 -.0900",
+    0.415: "-.2146 .4443 .3647 -.1226 -.0671 .0179 .0045 -.2351 .3321 .1509 -.2512 -.0313",
+    0.07: "-.1882 .3660 .4939 -.1568 .2469 .1018 .4585 -.4395 .5108 .0751 -.4332 -.0245",
+    0.02: ".0369 .4948 .6694 -.1963 .3776 .4611 .6217 -.2487 .4568 .5766 -.1344 -.0017",
+    0.14: "-.2090 .4374 .6685 -.4226 -.1027 .2937 .5190 -.3130 .4076 .3940 -.4674 -.1650",
+    0.58: "-.2170 .3587 .5134 -.3874 .1703 .3040 .4704 -.2822 .3675 .1400 -.3615 .0807",
+}
+
+
 def test_biggan_loads_and_draws_the_golden_pictures():
-    """From a file with the published names; a wrong key is named."""
-    g = golden("biggan")
-    import recipe
+    """From a file with the published names, at truncations in the table of statistics and between
+    its rows; a wrong key is named."""
     config = biggan_interp.Config(channel_width=8)
     key = "generator.layers.3.conv_1.weight_v"
     shapes = {key: w.shape for key, w in biggan_interp.Generator(config).state_dict().items()}
-    state = {key: torch.from_numpy(w) for key, w in recipe.state(shapes, g["seed"]).items()}
+    state = {key: torch.from_numpy(w) for key, w in recipe(shapes, 11).items()}
     torch.save(state, "weights.bin")
     G = biggan_interp.load_published("weights.bin", config)
-    z = np.random.RandomState(g["seed"] + 1).standard_normal((3, 128)).clip(-2, 2)
+    z = np.random.RandomState(12).standard_normal((3, 128)).clip(-2, 2)
     z = torch.from_numpy(z).float()
-    y = torch.tensor(g["classes"])
-    for case in g["cases"]:
-        values = G(case["truncation"] * z, y, case["truncation"]).flatten()[case["at"]]
-        assert_close(values, torch.tensor(case["values"]), atol=1e-4, rtol=0)
+    y = torch.tensor([282, 340, 980])
+    for truncation, numbers in GOLDEN_BIGGAN.items():
+        want = torch.tensor([*map(float, numbers.split())])
+        assert_close(dozen(G(truncation * z, y, truncation)), want, atol=1.5e-4, rtol=0)
     torch.save({**state, key: torch.zeros(3)}, "weights.bin")
     with refused(match=key):
         biggan_interp.load_published("weights.bin", config)
 
 
-def test_biggan_has_the_published_names_shapes_and_count():
+def test_biggan_has_the_published_names_shapes_and_count_golden():
     with torch.device("meta"):
         G = biggan_interp.Generator()
     assert count(G) == 50_388_609
-    shapes = {key: list(value.shape) for key, value in G.state_dict().items()}
-    assert shapes == golden("biggan128_keys")                       # 506 of them
+    shapes = {key: value.shape for key, value in G.state_dict().items()}
+    assert len(shapes) == 506
+    assert digest(shapes) == "decc3f75ba382ddfd881ebe7e41a98b6a003041564652c764a0f341a95be52f5"
 
 
 def test_biggan_noise_has_the_truncated_law():
@@ -1140,7 +1444,7 @@ def test_biggan_tsne_is_its_equations_and_as_good_as_the_exact_method():
     x = torch.from_numpy(centres[which] + r.randn(1000, 128))       # 20 Gaussians
     P = biggan_interp.affinities(x, 30)
     assert biggan_interp.kl(P, biggan_interp.tsne(x, 30, seed=0)) <= .349   # scikit-learn: .333
-    p = biggan_interp.conditional(x, 30)
+    p = biggan_interp.neighbour_probabilities(x, 30)
     assert (torch.special.entr(p).sum(1).exp() - 30).abs().max() < 1e-3
     y = torch.randn(1000, 2).double().requires_grad_()
     i, j = torch.triu_indices(1000, 1000, 1)                # each pair once, so its p twice
@@ -1152,27 +1456,87 @@ def test_biggan_tsne_is_its_equations_and_as_good_as_the_exact_method():
     assert_close(biggan_interp.kl_gradient(P, y.detach()), gradient, atol=1e-10, rtol=0)
 
 
-def test_biggan_walks_end_at_the_classes():
+def test_biggan_interpolations_end_at_the_classes():
+    """Also in the handout's function, typed by hand, which takes one alpha at a time."""
+    between_classes = paste(biggan_interp, "between_classes")["between_classes"]
+
+    def generate_linear_interpolate_sample(model, class1_emb, class2_emb, alpha, noise_vector):
+        return model(noise_vector, between_classes(class1_emb, class2_emb, alpha))
+
     G = biggan_interp.Generator(biggan_interp.SMALL).eval()
     z = biggan_interp.truncated_noise(1, 32)
-    ends = biggan_interp.sample(G, z.expand(2, -1), torch.tensor([3, 100])).int()
-    assert (biggan_interp.walk(G, 3, 100, z, 1.)[[0, -1]] - ends).abs().max() <= 1
+    ends = biggan_interp.sample(G, z.expand(2, -1), torch.tensor([3, 100]))
+    pictures = biggan_interp.interpolate(G, 3, 100, z, 1.)
+    assert (pictures[[0, -1]].int() - ends).abs().max() <= 1 and pictures.diff(dim=0).any()
+    for alpha, end in (1, 0), (0., 1):
+        x = generate_linear_interpolate_sample(G, G.embed([3]), G.embed([100]), alpha, z)
+        assert (data.to_uint8(x)[0].int() - ends[end]).abs().max() <= 1
     r = torch.tensor([[0.], [8], [9], [20]])
-    assert biggan_interp.between_classes(r[1], r[0], [1, .25]).tolist() == [[8], [2]]
+    assert between_classes(r[1], r[0], [1, .25]).tolist() == [[8], [2]]
+    assert between_classes(r[1], r[0], .25).tolist() == [2]
     pairs = biggan_interp.extreme_pairs(r)
     assert pairs == {"near": [[1, 2], [0, 3]], "far": [[0, 3], [1, 2]]}
 
 
+def test_biggan_pairs_by_number_or_name():
+    names = [*biggan_interp.COURSE.values()]
+    parse = biggan_interp.parse_pairs
+    assert parse("5, 1; Tiger Cat,goldfish ;", names) == [[5, 1], [0, 5]] and not parse("", names)
+    for text, says in (("3, tigercat", "similar: tiger cat"), ("3, 8", "number below 8"),
+                       ("3", "two classes"), ("1, 2, 3", "two classes")):
+        with refused(match=says):
+            parse(text, names)
+    said = run("biggan_interp.py --model small --pairs '1, red hair blu eyes' --out run", 2)
+    assert "similar: red hair blue eyes" in said and not Path("run").exists()
+
+
 def test_biggan_losses_and_projection_are_their_equations():
     real, fake = torch.tensor([[2., .5], [-2., 3.]])
-    assert (biggan_interp.d_hinge(real, fake), biggan_interp.g_hinge(fake)) == (2.25, -.5)
+    assert biggan_interp.d_hinge(real, fake) == 2.25
     D = biggan_interp.ProjectionD(132)
     x = torch.randn(2, 3, 32, 32)
     y = torch.tensor([3, 100])
     difference = ((D.v.weight[y] - D.v.weight[y + 1]) * D.phi(x)).sum(1)
     assert_close(D(x, y) - D(x, y + 1), difference, atol=1e-5, rtol=0)
+    old, new = biggan_interp.Spectral(2, 3), biggan_interp.Spectral(2, 3)
+    want = [.75 * p + .25 * q for p, q in zip(old.state_dict().values(), new.state_dict().values())]
+    biggan_interp.average_state(old, new, .75)
+    assert_close(list(old.state_dict().values()), want)             # buffers too
     r1 = biggan_interp.conditional_r1(D, x, y)
     assert_close(r1, gan.r1_penalty(partial(D, y=y), x))
+
+
+def test_biggan_trains_as_the_textbook(monkeypatch, tmp_path):
+    """Four steps, the fourth with R1 times 4: the same losses as a plain loop, and the decays of the
+    average."""
+    b = biggan_interp
+    monkeypatch.setattr(b, "BATCH", 4)
+    monkeypatch.setattr(b, "R1", 99.)
+    x_all, y_all = images(40, 3), torch.randint(132, (40,))
+    cfg = b.Run(steps=4, log_every=1, amp=0)
+    monkeypatch.setattr(b, "sampler", lambda G_ema: None)
+    monkeypatch.setattr(b, "sample", lambda *_: images(132, 3, 8))
+    decays = []
+    monkeypatch.setattr(b, "average_state", lambda G_ema, G, decay: decays.append(decay))
+    _, log = b.train(cfg, x_all, y_all, tmp_path, CPU)
+    torch.manual_seed(cfg.seed)
+    G, D = b.Generator(b.SMALL), b.ProjectionD(132)
+    opt_G, opt_D = [torch.optim.Adam(net.parameters(), b.LR, (0., .99)) for net in (G, D)]
+    for step in range(1, 5):
+        torch.manual_seed(step)
+        i = torch.randint(40, (4,))
+        z = torch.randn(4, 32)
+        y_fake = torch.randint(132, (4,))
+        x, y = x_all[i] / 127.5 - 1, y_all[i]
+        x_fake = G(z, y_fake)
+        loss_D = b.d_hinge(D(x, y), D(x_fake.detach(), y_fake))
+        penalty = 4 * 99 * b.conditional_r1(D, x, y) if step == 4 else 0.
+        take_step(opt_D, loss_D + penalty)
+        loss_G = -D(x_fake, y_fake).mean()
+        take_step(opt_G, loss_G)
+        row = log.rows[step - 1]
+        assert (row["D"], row["G"]) == approx((loss_D.item(), loss_G.item()), abs=.03)
+    assert decays == approx([1 / 11, 2 / 12, 3 / 13, 4 / 14])
 
 
 def test_biggan_runs_and_goes_on_bit_for_bit(monkeypatch):
@@ -1191,21 +1555,96 @@ def test_biggan_runs_and_goes_on_bit_for_bit(monkeypatch):
     assert_same_bits("whole/last.pt", "twice/last.pt")
 
 
+# ---- a GPU in disguise ---------------------------------------------------------------------------
+
+class GPU(TorchFunctionMode):
+    """Sees every call to torch. What is on "cuda" lies on the CPU, but its storage is marked.
+
+    As on a real GPU, a marked tensor must not meet one that is not marked, unless that one is a
+    single number. While `hot` is set, nothing may wait for the GPU: no .item(), no copy."""
+    hot = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        marks = [hasattr(x.untyped_storage(), "gpu") for x in tensors]
+        if func == torch.Tensor.device.__get__:
+            return torch.device("cuda" if marks[0] else "cpu")
+        if name in ("device", "_parse_to", "_has_compatible_shallow_copy_type", "__set__"):
+            return func(*args, **kwargs)
+        words = [str(x) for x in (*leaves, name) if isinstance(x, (str, torch.device))]
+        to = [word for word in words if word in ("cuda", "cpu")]
+        here = to[0] == "cuda" if to else any(marks)            # where the result belongs
+        moves = bool(tensors) and here != any(marks)
+        if any(x.dim() and mark != any(marks) for x, mark in zip(tensors, marks)):
+            assert name == "__getitem__" and not self.hot, f"{name}: the CPU meets the GPU"
+        if any(marks):
+            assert name != "numpy", "numpy on the GPU"
+        if self.hot:
+            reads = any(marks) and name in ("item", "tolist", "__bool__", "__float__", "__int__")
+            assert not moves and not reads, f"{name} waits for the GPU"
+        if to:
+            args, kwargs = tree_map(
+                lambda x: CPU if isinstance(x, (str, torch.device)) else x, (args, kwargs))
+        out = func(*args, **kwargs)
+        if moves:
+            out = out.clone()
+        for x in tree_leaves(out):
+            if here and isinstance(x, torch.Tensor):
+                assert x.dtype != torch.double, f"{name}: Apple's GPUs have no float64"
+                x.untyped_storage().gpu = True
+        return out
+
+
+def test_on_a_gpu_in_disguise(monkeypatch):
+    """No device= and no .cpu() is missing, and the second step, which is not logged, never waits
+    for the GPU."""
+    gpu = GPU()
+    seed = torch.manual_seed
+    load_file = torch.load
+
+    def load_marked(file, map_location="cpu", **words):
+        move = lambda x: x.to(map_location) if isinstance(x, torch.Tensor) else x
+        return tree_map(move, load_file(file, **words))
+
+    def seed_step(n):
+        gpu.hot = n % 1_000_003 == 2
+        return seed(n)
+
+    monkeypatch.setattr(torch, "load", load_marked)
+    monkeypatch.setattr(torch, "manual_seed", seed_step)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(data, "gif", print)
+    go = "gan.py dcgan --h 4 --batch 4 --samples 200 --steps 3 --d-opt rmsprop --device cuda --out "
+    with gpu:
+        run(go + "a --modern 1 --sn both --cond ac --penalty-every 2 --data faces-a --dump 9")
+        run(go + "b --loss wgan-gp --cond planes --augment 1 --ema 0")
+        run(go + "c --loss wgan --clip .1 --data faces-a")
+        run(go + "d --loss lsgan --gp 1 --penalty mean-norm --decay 1")
+        run("gan.py ring --steps 3 --loss gan --r1 1 --device cuda --out ring")
+        a, b = [cyclegan.load_style(f"faces-{x}", 32, torch.device("cuda")) for x in "ab"]
+        for model in "cyclegan", "unit":
+            cfg = cyclegan.config(model=model, steps=3, batch=4, pool=2)
+            G, *_ = cyclegan.train(cfg, a, b, Path(model), torch.device("cuda"))
+        cyclegan.probe_accuracy(G, *[x._replace(train=x.train[:99]) for x in (a, b)])
+
+
 # ---- what is written about it --------------------------------------------------------------------
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "figures/README.md").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^#? ?([a-z][\w-]*):.*##", (ROOT / "Makefile").read_text(), re.M)
 
 
 def guide():
     """[(script, name, names it brings along)] of the snippets in the README's copying guide."""
     snippets = []
-    table = README.split("## Copying guide")[1].split("\n## ")[0]
-    for row in re.findall(r"^.*\|\w+\.py: .*", table, re.M):
-        along = " ".join(re.findall("`(.*?)`", row.split("|")[2])).split()
-        for file, names in re.findall(r"(?:(\w+)\.py: |; )(?:weights: )?`([\w ]+)`", row):
-            script = sys.modules.get(file) or script
-            snippets += [(script, name, along) for name in names.split()]
+    table = README.split("## Copy from here")[1].split("\n## ")[0]
+    for file, names, along in re.findall(r"\| (\w+)\.py \| `([\w ]+)` \| (.*) \|", table):
+        for name in names.split():
+            snippets.append((sys.modules[file], name, re.findall(r"\w+", along)))
     return snippets
 
 
@@ -1220,19 +1659,23 @@ def test_snippets_survive_being_pasted(script, name, along):
 
 
 def test_makefile_and_readme_agree():
-    """Every target is named in the README and the other way round; mistakes and pictures exist."""
-    assert {*TARGETS} == {*re.findall(r"\bmake ([a-z][\w-]*)", README)}
-    assert all((ROOT / path).exists() for path in re.findall(r"\((figures/[^)]+)\)", README))
-    mistakes = {name for name in globals() if name.startswith("test_mistake")}
-    assert mistakes == {*re.findall(r"test_mistake_\w+", README)} and len(mistakes) == 10
-    assert len(guide()) > 30
+    """Every target is named in the README or on the page of results, and the other way round; ten
+    mistakes have ten tests; all pictures exist; the README stays one page."""
+    assert {*TARGETS} == {*re.findall(r"\bmake ([a-z][\w-]*)", README + RESULTS)}
+    paths = re.findall(r"\((figures/\w+\.\w+)", README) + [
+        f"figures/{name}" for name in re.findall(r"!\[.*\]\((.+)\)", RESULTS)]
+    assert len(paths) > 9 and all((ROOT / path).exists() for path in paths)
+    mistakes = [name for name in globals() if name.startswith("test_mistake_")]
+    assert len(mistakes) == len(re.findall(r"^\d+\. \*\*", README, re.M)) == 10
+    assert len(guide()) > 30 and README.count("\n") <= 150 and len(README.split()) <= 1500
 
 
 def test_every_documented_command_is_understood():
     """Of the README and of each target of the Makefile, whose make prints what it would run."""
     make = ["make", "-n", "-C", ROOT, *TARGETS, "PYTHON=python", "STEPS=3", "SEED=1"]
-    text = README + subprocess.check_output(make, text=True)
-    commands = re.findall(r"python (gan|cyclegan|biggan_interp|fid)\.py ?([^|;#`\n]*)", text)
+    text = README + RESULTS + subprocess.check_output(make, text=True)
+    commands = re.findall(r"python (gan|cyclegan|biggan_interp|fid)\.py ?([^|;#`\n]*)",
+                          text.replace("--help", ""))
     configs = {"gan": gan.GANConfig, "cyclegan": cyclegan.CycleConfig,
                "biggan_interp": biggan_interp.Run, "fid": fid.FIDConfig}
     for script, words in commands:
