@@ -173,23 +173,38 @@ def images(n=40, channels=1, size=32):
 
 # ---- gan.py: networks ----------------------------------------------------------------------------
 
-LEAKY = "LeakyReLU(negative_slope=0.2)"
-FULL, HALF = (4, 1, 0), (4, 2, 1)       # kernel, stride, padding: 1 <-> 4, and S <-> S / 2
-LAYERS = {  # G and D: kind of layer; channels; kernel, stride, padding of each; batch norms;
-            # activation; parameters, which also say what has a bias
-    "dcgan": [("ConvTranspose2d", [64, 32, 16, 1], [FULL, HALF, HALF, HALF], 3, "ReLU()", 57_937),
-              ("Conv2d", [16, 32, 64, 1], [HALF, HALF, HALF, FULL], 2, LEAKY, 42_432)],
-    "emoji": [("Conv2d", [2048, 64, 32, 3], [(1, 1, 0)] + 3 * [(5, 1, 2)], 3, "ReLU()", 467_488),
-              ("Conv2d", [64, 128, 256, 1], 3 * [(5, 2, 2)] + [(5, 2, 1)], 3, "ReLU()",
-               1_036_096)],
-    "anime": [("ConvTranspose2d", [512, 256, 128, 64, 3], [FULL] + 4 * [HALF], 4, LEAKY,
-               3_576_704),
-              ("Conv2d", [64, 128, 256, 512, 1], 4 * [HALF] + [FULL], 3, LEAKY, 2_765_568)],
-    "mnist28": [("ConvTranspose2d", [256, 128, 64, 32, 1], 4 * [HALF] + [(2, 2, 2)], 4, "ReLU()",
-                 1_098_816),
-                ("Conv2d", [32, 64, 128, 256, 1], [(2, 2, 2)] + 4 * [HALF], 3,
-                 "LeakyReLU(negative_slope=0.02)", 693_249)],
+LAYERS = {  # G and D, and how many parameters they have: (channels, kernel, stride, padding)
+    "dcgan": ("ConvT(64,4,1,0) BN ReLU ConvT(32,4,2,1) BN ReLU ConvT(16,4,2,1) BN ReLU "
+              "ConvT(1,4,2,1) Tanh", 57_937,
+              "Conv(16,4,2,1) LReLU.2 Conv(32,4,2,1) BN LReLU.2 Conv(64,4,2,1) BN LReLU.2 "
+              "Conv(1,4,1,0)", 42_432),
+    "emoji": ("Conv(2048,1,1,0) BN ReLU Conv(64,5,1,2) BN ReLU Conv(32,5,1,2) BN ReLU "
+              "Conv(3,5,1,2) Tanh", 467_488,
+              "Conv(64,5,2,2) BN ReLU Conv(128,5,2,2) BN ReLU Conv(256,5,2,2) BN ReLU "
+              "Conv(1,5,2,1)", 1_036_096),
+    "anime": ("ConvT(512,4,1,0) BN LReLU.2 ConvT(256,4,2,1) BN LReLU.2 ConvT(128,4,2,1) BN "
+              "LReLU.2 ConvT(64,4,2,1) BN LReLU.2 ConvT(3,4,2,1) Tanh", 3_576_704,
+              "Conv(64,4,2,1) LReLU.2 Conv(128,4,2,1) BN LReLU.2 Conv(256,4,2,1) BN LReLU.2 "
+              "Conv(512,4,2,1) BN LReLU.2 Conv(1,4,1,0)", 2_765_568),
+    "mnist28": ("ConvT(256,4,2,1) BN ReLU ConvT(128,4,2,1) BN ReLU ConvT(64,4,2,1) BN ReLU "
+                "ConvT(32,4,2,1) BN ReLU ConvT(1,2,2,2) Tanh", 1_098_816,
+                "Conv(32,2,2,2) LReLU.02 Conv(64,4,2,1) BN LReLU.02 Conv(128,4,2,1) BN LReLU.02 "
+                "Conv(256,4,2,1) BN LReLU.02 Conv(1,4,2,1)", 693_249),
+    "mlp": ("256 BN ReLU 512 BN ReLU 1024 BN ReLU 1024 Tanh", 1_714_432,
+            "512 LReLU.2 256 LReLU.2 128 LReLU.2 1", 689_153),
+    "ring": ("128 ReLU 128 ReLU 2 Tanh", 17_154, "128 LReLU.2 1", 513),
 }
+
+
+def notation(layer):
+    """A layer as the table above writes it; layers that only reshape or upsample are left out."""
+    name = type(layer).__name__
+    if name.startswith("Conv"):
+        sizes = layer.out_channels, layer.kernel_size[0], layer.stride[0], layer.padding[0]
+        return f"Conv{'T' * ('Transpose' in name)}{sizes}".replace(" ", "")
+    return {"BatchNorm1d": "BN", "BatchNorm2d": "BN", "ReLU": "ReLU", "Tanh": "Tanh",
+            "LeakyReLU": f"LReLU{getattr(layer, 'negative_slope', 0)}".replace("0.", "."),
+            "Linear": str(getattr(layer, "out_features", ""))}.get(name, "")
 
 
 def count(net):
@@ -198,24 +213,11 @@ def count(net):
 
 @parametrize("preset", LAYERS)
 def test_networks_have_the_courses_layers(preset):
-    """The table above, and the order of the layers."""
-    nets = build(preset)
-    for net, (kind, channels, kernels, norms, act, parameters) in zip(nets, LAYERS[preset]):
-        bare = len(channels) - 1 - norms
-        order = bare * [kind, act] + norms * [kind, "BatchNorm", act] + [kind]
-        assert re.findall(r"Conv\w+|BatchNorm|\w+LU\(.*?\)", str(net)) == order
-        layers = [m for m in net if kind in str(m)]
-        assert [m.out_channels for m in layers] == channels
-        found = [(m.kernel_size[0], m.stride[0], m.padding[0]) for m in layers]
-        assert found == kernels and count(net) == parameters
-    assert "Tanh" in str(nets[0][-1]) and "Tanh" not in str(nets[1])
-
-
-def test_mlp_has_its_layers():
-    nets = build("mlp")
-    assert [m.out_features for net in nets for m in net if hasattr(m, "out_features")] == [
-        256, 512, 1024, 1024, 512, 256, 128, 1]
-    assert str(nets).count("slope=0.2)") == str(nets).count("ReLU()") == 3
+    """The table above; the numbers of parameters also tell which layers have a bias."""
+    found = []
+    for net in build(preset):
+        found += [" ".join(filter(None, map(notation, net))), count(net)]
+    assert found == [*LAYERS[preset]]
 
 
 @parametrize("preset", gan.PRESETS)
@@ -260,45 +262,49 @@ def at_rest(*nets):
     return [torch.optim.SGD(net.parameters(), 0.) for net in nets]
 
 
+def bce(logits, target):
+    """Binary cross entropy of probabilities, as tutorials have it."""
+    return F.binary_cross_entropy(logits.sigmoid(), torch.full_like(logits, target))
+
+
+EQUATIONS = {  # what D minimises, and what G minimises
+    "gan": (lambda real, fake: bce(real, 1) + bce(fake, 0), lambda real, fake: bce(fake, 1)),
+    "saturating": (lambda real, fake: bce(real, 1) + bce(fake, 0),
+                   lambda real, fake: -bce(fake, 0)),
+    "lsgan": (lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake ** 2).mean() / 2,
+              lambda real, fake: ((fake - 1) ** 2).mean()),
+    "wgan": (lambda real, fake: fake.mean() - real.mean(), lambda real, fake: -fake.mean()),
+    "wgan-gp": (lambda real, fake: fake.mean() - real.mean(), lambda real, fake: -fake.mean()),
+    "r3gan": (lambda real, fake: bce(real - fake, 1), lambda real, fake: bce(fake - real, 1)),
+}
+
+
 def losses(real, fake):
     """What D and what G minimise in each training step of gan.py, where D answers these logits: the
     identity plays both networks, on a batch whose pictures and noise are the logits."""
     G, D = nets = [nn.PReLU(init=1.) for _ in range(2)]
     found = []
-    for step in (gan.step_gan, partial(gan.step_gan, saturating=True), gan.step_lsgan,
-                 partial(gan.step_wgan, clip=1.), gan.step_wgan_gp, gan.step_r3gan):
+    for name in EQUATIONS:
         for shape in (-1,), (-1, 1):                            # D may answer (N,) or (N, 1)
-            last = step(G, lambda x: D(x).view(shape), *at_rest(*nets),
-                        lambda: (real[:, None], fake[:, None]))
+            more = dict(clip=1.) if name == "wgan" else {}
+            last = gan.LOSSES[name][0](G, lambda x: D(x).view(shape), *at_rest(*nets),
+                                       lambda: (real[:, None], fake[:, None]), **more)
             found += [last["D"].detach(), last["G"].detach()]
     return found
 
 
 def test_losses_are_their_equations():
-    """Against sigmoid and logarithm, squares and means."""
     real, fake = torch.randn(2, 64)
-    p = real.sigmoid()
-    q = fake.sigmoid()
-    pair = (real - fake).sigmoid()
-    wanted = [(-p.log().mean() - (1 - q).log().mean(), -q.log().mean()),
-              (-p.log().mean() - (1 - q).log().mean(), (1 - q).log().mean()),
-              (((real - 1) @ (real - 1) + fake @ fake) / 128, (fake - 1) @ (fake - 1) / 64),
-              (fake.mean() - real.mean(), -fake.mean()), (fake.mean() - real.mean(), -fake.mean()),
-              (-pair.log().mean(), -(1 - pair).log().mean())]
-    assert_close(losses(real, fake), [loss for both in wanted for loss in 2 * both])
+    wanted = [f(real, fake) for both in EQUATIONS.values() for f in 2 * both]
+    assert_close(losses(real, fake), wanted)
 
 
 def test_mistake_1_sigmoid_before_a_loss_on_logits():
-    """At D = 1/2 the loss is 2 ln 2 and falls to 0; with a sigmoid before it, it cannot. A D that
-    got a sigmoid goes with BCELoss, ours with BCEWithLogitsLoss."""
+    """At D = 1/2 the loss is 2 ln 2 and falls to 0; with a sigmoid before it, it cannot."""
     zero = torch.zeros(4)
     sure = torch.full((4,), 20.)
     assert abs(losses(zero, zero)[0] - 2 * math.log(2)) < 1e-6 and losses(sure, -sure)[0] < 1e-6
     assert losses(sure.sigmoid(), (-sure).sigmoid())[0] > 1
-    _, D = build("dcgan", h=4)
-    x = torch.randn(4, 1, 32, 32)
-    ones = torch.ones(4, 1)
-    assert_close(nn.BCEWithLogitsLoss()(D(x), ones), nn.BCELoss()(D.append(nn.Sigmoid())(x), ones))
 
 
 def test_mistake_2_a_sum_where_the_equation_has_a_mean():
@@ -356,13 +362,13 @@ def test_conditions_and_the_auxiliary_classifier():
     assert gan.ac_loss(99 * c, c, heads) == 0 == gan.ac_loss(99 * c[:, :12], c[:, :12], 12)
     x = gan.planes(torch.zeros(2, 3, 4, 4), c)
     assert torch.equal(x[..., 0, 3], F.pad(c, (3, 0)))      # three channels, then c
+    G, D = nets = nn.PReLU(), nn.Linear(1, 24)
     for step in gan.step_acgan, gan.step_r3gan:
-        G, D = nets = nn.PReLU(), nn.Linear(1, 24)
-        with mock.patch.object(gan, "ac_loss", side_effect=gan.ac_loss) as named:
-            last = step(lambda z, c: G(z), lambda x, c=None: D(x), *at_rest(*nets),
+        with mock.patch.object(gan, "ac_loss", side_effect=gan.ac_loss) as used:
+            last = step(lambda z, c: G(z), lambda x, *c: D(x), *at_rest(*nets),
                         lambda: (torch.ones(2, 1), -torch.ones(2, 1), c), heads=heads)
-        assert_close([call.args[0] for call in named.mock_calls],
-                     [D(x)[:, 1:] for x in (last["x"], last["x_fake"])])
+        assert_close([call.args[0] for call in used.mock_calls],
+                     [D(last[x])[:, 1:] for x in ("x", "x_fake")])
 
 
 def test_diff_augment():
@@ -406,44 +412,35 @@ def take_step(opt, loss):
 
 def textbook_gan(cfg, draw):
     """The training loop in the plainest words, as tutorials have it: float32 NCHW, sigmoid and
-    BCELoss, plain Adam, .item() each step. draw() gives real pictures. Yields (G, D) before the
-    first step and after each."""
+    binary cross entropy, plain Adam, .item() each step. draw() gives real pictures. Yields (G, D)
+    before the first step and after each."""
     torch.manual_seed(cfg.seed)
     G, D = gan.networks(cfg)
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
                     for net in (G, D)]
     if cfg.d_opt == "rmsprop":
         opt_D = torch.optim.RMSprop(D.parameters(), cfg.lr)
-    bce = nn.BCELoss()
-    mse = nn.MSELoss()
-    ones = torch.ones(cfg.batch, 1)
-    loss = cfg.loss[:4]                             # wgan-gp is wgan with another way to hold D
+    loss_of_D, loss_of_G = EQUATIONS[cfg.loss]
     yield G, D
     while True:
         for _ in range(cfg.d_steps):
             x = draw()
             x_fake = G(torch.randn(cfg.batch, cfg.z))
-            real, fake = D(x), D(x_fake.detach())
-            loss_D = {"gan": bce(real.sigmoid(), ones) + bce(fake.sigmoid(), 0 * ones),
-                      "lsga": (mse(real, ones) + mse(fake, 0 * ones)) / 2,
-                      "wgan": fake.mean() - real.mean(),
-                      "r3ga": bce((real - fake).sigmoid(), ones)}[loss]
+            loss_D = loss_of_D(D(x), D(x_fake.detach()))
             if cfg.gp:
                 loss_D += cfg.gp * gan.gradient_penalty(D, x, x_fake)
-            if cfg.r1:                              # in every second step, twice as strong
-                due = 2 * (torch.initial_seed() % 1_000_003 % 2 == 0)
-                loss_D += due * cfg.r1 * gan.r1_penalty(D, x)
-                loss_D += due * cfg.r2 * gan.r1_penalty(D, x_fake)
+            if cfg.r1 and torch.initial_seed() % 1_000_003 % 2 == 0:    # in every second step
+                loss_D += 2 * cfg.r1 * gan.r1_penalty(D, x)
+                loss_D += 2 * cfg.r2 * gan.r1_penalty(D, x_fake)
             take_step(opt_D, loss_D)
             if cfg.clip:
                 for w in D.parameters():
                     w.data.clamp_(-cfg.clip, cfg.clip)
-        if loss == "lsga":                          # the emoji handout draws noise anew
+        if cfg.loss == "lsgan":                     # the emoji handout draws noise anew
             draw()
             x_fake = G(torch.randn(cfg.batch, cfg.z))
         after = D(x_fake)
-        loss_G = {"gan": bce(after.sigmoid(), ones), "lsga": mse(after, ones),
-                  "wgan": -after.mean(), "r3ga": bce((after - D(x)).sigmoid(), ones)}[loss]
+        loss_G = loss_of_G(D(x) if cfg.loss == "r3gan" else None, after)
         take_step(opt_G, loss_G)
         loss_G.item()
         yield G, D
@@ -541,9 +538,9 @@ def test_average_and_refresh(tmp_path):
 
 
 def test_networks_fit_the_handouts_loops():
-    """Loops as three handouts write them, with noise (N, dim, 1, 1). CSC413's gan_training_loop:
-    SpectralNorm(layer) is our spectral_norm(layer), and D's answer is squeezed. The Tsinghua
-    train_step: BCEWithLogitsLoss takes the place of BCELoss. CS763's conditional lab."""
+    """CSC413's gan_training_loop as the handout writes it: noise (N, dim, 1, 1), SpectralNorm(layer)
+    is our spectral_norm(layer), D's answer is squeezed. And CS763's conditional lab, with
+    BCEWithLogitsLoss where it, like the Tsinghua train_step, has BCELoss."""
     SpectralNorm = gan.spectral_norm
     G, D = build("emoji", h=4, d_h=4)
     D[0] = SpectralNorm(nn.Conv2d(3, 4, 5, 2, 2, bias=False))
@@ -554,16 +551,12 @@ def test_networks_fit_the_handouts_loops():
     d_penalty = gan.gradient_penalty(D, real_images, fake_images)
     (d_real_loss + d_fake_loss + 10 * d_penalty).backward()
     assert D[0].parametrizations.weight.original.grad.any() and G[2].weight.grad is None
-    criterion = nn.BCEWithLogitsLoss()
-    G, D = build("dcgan", h=4)
-    d_loss = criterion(D(torch.randn(8, 1, 32, 32)).view(-1), torch.ones(8))
-    d_loss += criterion(D(G(torch.randn(8, 16, 1, 1)).detach()).view(-1), torch.zeros(8))
-    assert abs(d_loss - 2 * math.log(2)) < .1
     c = gan.condition(torch.arange(8), 10)
     G, _ = build("mnist28", z=110, h=4)
     _, D = build("mnist28", channels=11, h=4)
     x_fake = G(torch.cat([torch.randn(8, 100, 1, 1), c[..., None, None]], 1))
-    assert x_fake.shape == (8, 1, 28, 28) and D(gan.planes(x_fake, c)).view(-1).shape == (8,)
+    loss = nn.BCEWithLogitsLoss()(D(gan.planes(x_fake, c)).view(-1), torch.zeros(8))
+    assert abs(loss - math.log(2)) < .1 and x_fake.shape == (8, 1, 28, 28)
 
 
 def test_ring_counts_modes_and_good_points():
