@@ -507,20 +507,17 @@ def load_style(names, size, device):
 def load_pair(cfg, out, device):
     """[style A, style B] of a config, the first pair of cfg.data that can be had. cfg.data becomes
     its name."""
-    if cfg.a:
-        cfg.data = "own"
-        return [load_style(style, cfg.size, device) for style in (cfg.a, cfg.b)]
-    names = data.kept(cfg, out).split(",")
-    for name in names:
-        try:
-            styles = [load_style(style, cfg.size, device) for style in PAIRS[name]]
-        except data.Unavailable as e:
-            if name == names[-1]:
-                raise
-            print(f"data     no {name}: {e}")
-            continue
+    pairs = {"own": (cfg.a, cfg.b)}
+    if not cfg.a:
+        pairs = {name: PAIRS[name] for name in data.kept(cfg, out).split(",")}
+    for name, pair in pairs.items():
         cfg.data = name
-        return styles
+        try:
+            return [load_style(style, cfg.size, device) for style in pair]
+        except data.Unavailable as e:
+            why = e
+            print(f"data     no {name}: {e}")
+    raise why
 
 
 def paired(a, b):
@@ -610,9 +607,9 @@ def train(cfg, a, b, out, device):
 # ---- scores --------------------------------------------------------------------------------------
 
 def colour_map(x, y):
-    """x under the map of colours M (4, 3) that takes it best to its true answers y, over all pixels
-    min_M |[r g b 1] M - y|^2; uint8 (N, 3, H, W). M is fitted to the very answers it is scored on:
-    a stricter bar than a map fitted to training pairs, and no network has seen an answer."""
+    """x with its colours changed by the affine map M (4, 3) that comes closest to the true answers
+    y: min over M of |[r g b 1] M - y|^2 over all pixels. uint8 (N, 3, H, W). M is fitted to the
+    same answers that it is scored on, so it is harder to beat than a map fitted to other pairs."""
     X = F.pad(to_float(x).movedim(1, 3), (0, 1), value=1.)          # (N, H, W, 4)
     Y = to_float(y).movedim(1, 3)                                   # (N, H, W, 3)
     M = torch.linalg.lstsq(X.flatten(0, 2), Y.flatten(0, 2)).solution
@@ -620,44 +617,52 @@ def colour_map(x, y):
 
 
 def colour_match(x, y):
-    """x with the mean and the deviation of each channel of y, where no answers are known; uint8."""
+    """x with the mean and the standard deviation that each channel has in y, for styles without
+    true answers. uint8 (N, 3, H, W)."""
     s_x, mean_x = torch.std_mean(to_float(x), (0, 2, 3), keepdim=True)      # (1, 3, 1, 1)
     s_y, mean_y = torch.std_mean(to_float(y), (0, 2, 3), keepdim=True)
     return to_uint8((to_float(x) - mean_x) / s_x.clamp(min=1e-3) * s_y + mean_y)
 
 
 def scores(G, x, y, way):
-    """What is measured of the translation of style x into y, way "ab" or "ba" -> dict of floats:
-    L1 (1 is black against white) of the cycle; of drawn faces L1 to the true answer; FID to style
-    y; both also of doing nothing, of the best constant picture and of a map of colours; the share
-    of drawn faces whose hair and eyes y's classifier reads as the input's."""
+    """How well G translates style x into y; way is "ab" or "ba". Returns a dict of floats:
+
+    cycle        L1 between a picture and its translation back; 1 is black against white
+    L1           to the true answer, on drawn faces
+    FID          to the pictures of style y, if there are at least 1,000
+    hair kept    the share of drawn faces whose hair colour a classifier of style y still reads as
+                 that of the input; eyes kept likewise
+    L1 and FID also of simple methods: the input itself (identity), the best constant picture
+    (constant), and the input with other colours (colour map)."""
     known = paired(x, y)
     real = x.test if known else x.train[:1000].cpu()
     fake = translate(G, real, way)
-    found = {"cycle": l1(translate(G, fake, way[::-1]), real)}
-    constant = y.train.cpu().median(0).values.expand_as(real)       # the least mean L1
+    constant = y.train.cpu().median(0).values.expand_as(real)       # has the least mean L1
     mapped = colour_map(real, y.test) if known else colour_match(real, y.train.cpu())
     guesses = {"": fake, " identity": real, " constant": constant, " colour map": mapped}
-    if known:
-        for name, guess in guesses.items():
-            found["L1" + name] = l1(guess, y.test)
+    found = {"cycle": l1(translate(G, fake, way[::-1]), real)}
+    net = None
     if len(y.train) >= 1000:                            # enough for a Gaussian of 128 features
         net = fid.classifier(y.name, real.shape[-1], x.train.device)
-        for name, guess in guesses.items():
+    for name, guess in guesses.items():
+        if known:
+            found["L1" + name] = l1(guess, y.test)
+        if net:
             result = fid.against(net, y.train, guess, y.name)
             found["FID" + name] = result["fid"]
             print(f"{way}{name}: {fid.line(result)}")
-        if known:
-            hair, eyes = net.attributes(fake)
-            found["hair kept"] = (hair == x.labels // 11).float().mean()
-            found["eyes kept"] = (eyes == x.labels % 11).float().mean()
+    if known and net:
+        hair, eyes = net.attributes(fake)
+        found["hair kept"] = (hair == x.labels // 11).float().mean()
+        found["eyes kept"] = (eyes == x.labels % 11).float().mean()
     found = {f"{way} {name}": float(value) for name, value in found.items()}
     print("  ".join(f"{name} {value:.3g}" for name, value in found.items()))
     return found
 
 
 def verdict(metrics, way):
-    """`ab L1 0.103, better than ab L1 constant 0.143`: the claim beside the best baseline."""
+    """The score beside that of the best simple method: "ab L1 0.103, better than ab L1 constant
+    0.143"."""
     for score in (f"{way} L1", f"{way} FID"):
         if score in metrics:
             best = min((name for name in metrics if score + " " in name), key=metrics.get)
@@ -668,21 +673,22 @@ def verdict(metrics, way):
 
 @torch.no_grad()
 def probe_accuracy(G, a, b):
-    """How well a linear probe tells UNIT's latents of style a from b's: 1/2 if both are one
-    distribution, 1 if they are apart. w is least squares for w mu_a = 1, w mu_b = -1 on every
-    other picture; the share of right signs is that of the rest."""
+    """How well a linear classifier tells UNIT's latents of style a from those of style b: 1/2 if
+    they have the same distribution, 1 if they can be separated. Its weights w are fitted to every
+    second picture, by least squares for w mu_a = 1 and w mu_b = -1. The others count."""
     n = min(len(a.train), len(b.train), 1000)
-    mu_a, mu_b = G.encode(to_float(a.train[:n]), "a"), G.encode(to_float(b.train[:n]), "b")
+    mu_a = G.encode(to_float(a.train[:n]), "a")
+    mu_b = G.encode(to_float(b.train[:n]), "b")
     z = torch.cat([mu_a, -mu_b]).flatten(1).cpu()               # (2 n, d); w z should be 1 for all
     w = torch.linalg.lstsq(z[::2], torch.ones(n, 1)).solution
     return (z[1::2] @ w > 0).float().mean().item()
 
 
 PANELS = [
-    ("losses of the game", ["D", "G"]),
+    ("losses", ["D", "G"]),
     ("D on real and fake, before and after its step", ["D(x)", "D(G(x)) before", "D(G(x)) after"]),
     ("gradient norms", ["|dD|", "|dG|"]),
-    ("what else G minimises, weighted", ["cycle", "identity", "reconstruction", "kl", "cycle kl"]),
+    ("other terms of G's loss", ["cycle", "identity", "reconstruction", "kl", "cycle kl"]),
 ]
 
 
@@ -698,8 +704,8 @@ def evaluate(cfg, G, D, log, a, b, out):
 
 
 def translate_files(cfg, out, device):
-    """--translate: each picture, cropped to a square and scaled, to out/translated-<way>/, and all
-    of them on out/translated-<way>.png, a translation beside its input."""
+    """--translate: writes the translation of each picture, which is cropped to a square and scaled
+    first, into out/translated-<way>/, and all beside their inputs to out/translated-<way>.png."""
     state = data.load_checkpoint(out / "last.pt", device)
     trained = state.get("config", {})
     need("lambda_cycle" in trained, f"{out}/last.pt is no checkpoint of cyclegan.py")
@@ -708,9 +714,9 @@ def translate_files(cfg, out, device):
     source = Path(cfg.translate)
     files = [source] if source.is_file() else data.pictures(source)
     x = data.read_all(files, trained["size"])
-    y = translate(G.to(device), x, cfg.direction)
+    y = translate(data.place(G, device), x, cfg.direction)
     folder = out / f"translated-{cfg.direction}"
-    for i, file in enumerate(files):                    # numbered: x.png and x.jpg stay two
+    for i, file in enumerate(files):                    # numbered, for x.png and x.jpg
         data.save(data.as_image(y[i]), folder / f"{file.stem}-{i}.png")
     data.save(data.grid(torch.cat([x, y], 3), 4), f"{folder}.png")     # (N, 3, S, 2 S)
     print(f"wrote    {len(files)} to {folder} and all beside their inputs to {folder}.png")
@@ -722,7 +728,7 @@ def main(argv=None):
     """The command line."""
     _, changes = data.arguments(CycleConfig, argv)
     cfg = config(**changes)
-    need(bool(cfg.a) == bool(cfg.b), "--a and --b go together: two folders or sets, one a style")
+    need(bool(cfg.a) == bool(cfg.b), "--a and --b go together: a folder or data set for each style")
     data.at_least(1, cfg, "width", "batch", "log_every", "sample_every")
     data.at_least(0, cfg, "lambda_gan", "lambda_cycle", "identity", "pool", "lr", "weight_decay",
                   "steps")
