@@ -363,9 +363,9 @@ def train(cfg, images, labels, out, device):
                     for net in (G, D)]
     fixed_y = torch.arange(SMALL.num_classes, device=device)            # a row a hair colour
     fixed_z = truncated_noise(len(fixed_y), SMALL.z_dim).to(device)
-    parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D)
+    log = data.Log(out, cfg.steps)
+    parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D, log=log)
     start = data.restore(parts, out / "last.pt", cfg, FREE, device)
-    log = data.Log(out, cfg.steps, start)
     amp = data.autocast(cfg.amp, device)
 
     for step in range(start + 1, cfg.steps + 1):
@@ -405,7 +405,7 @@ def train(cfg, images, labels, out, device):
             log.write(step, BATCH, **row)
         if step % cfg.sample_every == 0 or step == cfg.steps:
             x = sample(sampler(G_ema), fixed_z, fixed_y)
-            data.save(data.grid(x, len(EYES)), out / f"{step:06d}.png")
+            data.save(data.grid(x, len(EYES)), log.grid(step))
             data.save_checkpoint(out / "last.pt", parts, step, cfg)
     return sampler(G_ema), log
 

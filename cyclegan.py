@@ -469,13 +469,13 @@ def train(cfg, a, b, out, device):
 
     a, b: the two Styles. Writes sheets, log.csv and last.pt."""
     torch.manual_seed(cfg.seed)
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in networks(cfg))
+    G, D = (data.place(net, device) for net in networks(cfg))
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), cfg.lr, (.5, .999), fused=True,
                                      weight_decay=cfg.weight_decay) for net in (G, D)]
     pool_a, pool_b = ImagePool(cfg.pool), ImagePool(cfg.pool)
-    parts = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D, pool_a=pool_a, pool_b=pool_b)
+    log = data.Log(out, cfg.steps)
+    parts = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D, pool_a=pool_a, pool_b=pool_b, log=log)
     start = data.restore(parts, out / "last.pt", cfg, FREE - {"model"}, device)
-    log = data.Log(out, cfg.steps, start)
     amp = data.autocast(cfg.amp, device)
 
     for step in range(start + 1, cfg.steps + 1):
@@ -513,7 +513,7 @@ def train(cfg, a, b, out, device):
                    "|dD|": data.grad_norm(D), "|dG|": data.grad_norm(G)}
             log.write(step, cfg.batch, **row)
         if step % cfg.sample_every == 0 or step == cfg.steps:
-            draw_sheet(G, a, b, out / f"{step:06d}.png")
+            draw_sheet(G, a, b, log.grid(step))
             data.save_checkpoint(out / "last.pt", parts, step, cfg)
     return G, D, log
 

@@ -1,17 +1,20 @@
-"""data.py: pictures in, pictures out, and the plumbing that every script shares.
+"""data.py: data sets, pictures, charts and run folders, all that the scripts share.
 
-    python data.py show digits out/digits.png            a page of a data set, or of a folder
-    python data.py compare out/a out/b --out out/ab      runs on one sheet, their curves, a table
+    python data.py compare out/a out/b --out out/ab      several runs: samples, curves, a table
 
-A data set is one uint8 tensor (N, C, S, S): MNIST is 60 MB, so it lives on the device as a whole
-and a batch is an index into it. No worker process, no picture decoded twice. What is downloaded,
-decoded or drawn is kept in downloads/ (DOWNLOADS moves it); DATA_DIR is searched first and is only
-read. Sets: mnist, fashion, emoji-apple, emoji-windows, anime; a folder of your own pictures; and
-three that are drawn here from a seed and need no network: digits, faces-a and faces-b (the same
-faces in two styles, so the true translation and every attribute are known).
+A data set is one uint8 tensor (N, C, S, S). It is decoded once, lies on the device as a whole
+(MNIST takes 60 MB), and a batch is an index into it, so no DataLoader is needed. Everything that is
+downloaded, decoded or drawn is kept in downloads/; the environment variable DOWNLOADS names another
+folder. DATA_DIR names a folder that is searched first and never written to.
 
-In this order: files, reading, sets, drawn sets, load, pictures, charts, several processes, runs,
-compare.
+mnist, fashion, emoji-apple and emoji-windows are downloaded; anime has to be put there by hand. Any
+folder of pictures is a data set, too. These are drawn here from a seed and need no internet
+connection: digits; faces-a and faces-b, the same faces in two styles, so that the true translation
+and every attribute are known; ring, points of eight Gaussians. stacked and stacked-digits are
+made of three digits each.
+
+In this order: errors and files, reading, data sets, drawn data sets, load, pictures, charts,
+several processes, runs, compare.
 """
 import argparse
 import contextlib
@@ -31,6 +34,7 @@ import tarfile
 import time
 import typing
 import urllib.request
+import warnings
 from http.client import HTTPException
 from pathlib import Path
 
@@ -38,19 +42,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 DOWNLOADS = Path(os.environ.get("DOWNLOADS", "downloads"))
-RANK = int(os.environ.get("RANK", 0))                   # torchrun says which process of how many
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-MAX_PIXELS = 50_000_000                 # larger pictures and archive members are bombs: refused
+# The number of this process and how many there are. Clusters and notebooks set RANK as well, so
+# both count only where torchrun has started us.
+RANK, WORLD = 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+# A small file can unpack to one that fills the memory. Larger pictures and files are refused.
+MAX_PIXELS = 50_000_000
 MAX_BYTES = 1 << 26
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_BYTES       # image generators put megabytes of text into a PNG
+warnings.filterwarnings("ignore", module="PIL")     # of damaged EXIF; the picture itself is sound
 
 
-# ---- errors and files: never half a file under its name ------------------------------------------
+# ---- errors and files ----------------------------------------------------------------------------
 
 class UserError(Exception):
-    """What the user can mend, in one line that says how; ends a script with exit code 2."""
+    """Something that the user can put right. The message is one line and says how; run_main prints
+    it and ends the script with exit code 2."""
 
 
 class Unavailable(UserError):
@@ -58,7 +69,7 @@ class Unavailable(UserError):
 
 
 def need(ok, why):
-    """UserError, one line that says what to do, unless ok."""
+    """Raise UserError(why) unless ok. `why` is one line that says what to do."""
     if not ok:
         raise UserError(why)
 
@@ -72,8 +83,9 @@ def at_least(low, cfg, *fields):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a path beside `path`, renamed when the block ends well: never half a file under its
-    name. Under torchrun rank 0's is kept."""
+    """Yields a path beside `path` to write to; it is renamed to `path` only when the block ends
+    without an error, so no half-written file ever has the final name. The number of the process is
+    in its name, so two runs never write to the same one. Under torchrun only rank 0's is kept."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -88,18 +100,14 @@ def atomic(path):
 
 
 def write_text(path, text):
-    """Write a small text file atomically."""
+    """Write a small text file atomically, as UTF-8."""
     with atomic(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def write_json(path, record):
-    """Write a dict as indented JSON, atomically."""
-    write_text(path, json.dumps(record, indent=1) + "\n")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_state(path, state):
-    """torch.save, atomically; into memory first, since torch hides a full disk's error."""
+    """torch.save, atomically. It goes to memory first, because torch hides the error of a full
+    disk."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with atomic(path) as part:
@@ -113,16 +121,24 @@ def save_array(path, x):
 
 
 def find(name):
-    """Where `name` lies, in $DATA_DIR or else in downloads/; None if in neither."""
+    """Where `name` lies, in $DATA_DIR or else in downloads/; None if it is in neither."""
     for root in Path(os.environ.get("DATA_DIR") or DOWNLOADS), DOWNLOADS:
         if (root / name).exists():
             return root / name
     return None
 
 
+def content(path):
+    """The bytes of a file, unpacked if it is a sound gzip file."""
+    with contextlib.suppress(Exception), gzip.open(path) as f:
+        return f.read(MAX_BYTES)
+    return Path(path).read_bytes()
+
+
 def sha256_of(path):
-    """sha256 of a file as a hexadecimal string."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """sha256 of the content of a file as a hexadecimal string. For a gzip file it is that of the
+    unpacked content, which stays the same when somebody packs it again."""
+    return hashlib.sha256(content(path)).hexdigest()
 
 
 def download(url, path, sha256=None):
@@ -142,15 +158,16 @@ def download(url, path, sha256=None):
     print(f"downloaded {url} ({got / 1e6:.1f} MB)")
 
 
-def fetch(name, urls, sha256=None):
-    """Path of `name`: found on disk, or downloaded from the first of the URLs that works.
+def fetch(name, urls, sha256=None, also=()):
+    """Path of `name`: found on disk under this name or one of `also`, or downloaded from the first
+    of the URLs that works.
 
     Errors: Unavailable, with what each mirror said; UserError if the file on disk has another
     hash."""
-    found = find(name)
-    if found:
+    for found in filter(None, map(find, (name, *also))):
         need(not sha256 or sha256_of(found) == sha256,
-             f"{found} is damaged or another file (sha256 is not {sha256}); delete it")
+             f"{found} is cut off or another file than expected, which is {' or '.join(urls)} "
+             f"(sha256 of its unpacked content: {sha256}); move it to another place")
         return found
     why = f"{name} is not on disk and no mirror has it"
     for url in urls:
@@ -162,24 +179,18 @@ def fetch(name, urls, sha256=None):
     raise Unavailable(f"{why}; put it at {DOWNLOADS / name}")
 
 
-# ---- reading: idx files, archives, pictures ------------------------------------------------------
+# ---- reading pictures, folders and archives ------------------------------------------------------
 
-def read_idx(path):
-    """A gzipped idx file -> uint8 array. The format: 0, 0, 8 for uint8, the number of dimensions;
-    a big-endian uint32 a dimension; the bytes."""
-    try:
-        with gzip.open(path) as f:
-            raw = f.read(MAX_BYTES)                 # no more, should it be a bomb
-        need(raw[:3] == b"\0\0\x08", "wrong magic number")
-        shape = np.frombuffer(raw, ">u4", raw[3], 4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-    except Exception as e:                          # a damaged gzip raises nearly anything
-        raise UserError(f"{path} is no whole idx file ({e}); delete it") from e
+# Formats that Pillow reads and that hold pictures; its own list has videos and documents as well.
+KINDS = (".png .jpg .jpeg .jfif .bmp .dib .webp .gif .ppm .pgm .pbm .pnm .tif .tiff .tga .ico .pcx "
+         ".avif .jp2").split()
 
 
 def read_picture(source, channels=3):
-    """A picture, a path or (name, bytes) -> uint8 (channels, H, W). What is transparent becomes
-    white: convert("RGB") alone would show the colour under it, dark green in the emojis."""
+    """A picture, a path or (name, bytes) -> uint8 (channels, H, W).
+
+    What is transparent becomes white: convert("RGB") alone would show the colour that is stored
+    under it, dark green in the emojis. A picture that a phone stored on its side is turned."""
     name, file = source, source
     if isinstance(source, tuple):
         name = source[0]
@@ -188,30 +199,51 @@ def read_picture(source, channels=3):
         with Image.open(file) as im:
             need(im.width * im.height <= MAX_PIXELS,
                  f"{im.width} x {im.height} are over {MAX_PIXELS:,} pixels")
-            need(not im.mode.startswith("I"), "16 bits a pixel: convert it to 8")
-            im = ImageOps.exif_transpose(im)        # a phone lays its pictures on the side
+            need(not im.mode.startswith("I"), "over 8 bits per channel: convert it to 8")
+            im.load()
+            with contextlib.suppress(Exception):    # damaged EXIF says nothing about the pixels
+                im = ImageOps.exif_transpose(im)
             if im.has_transparency_data:
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
             im = im.convert("L" if channels == 1 else "RGB")
     except Exception as e:                          # a damaged picture raises nearly anything
-        raise UserError(f"{name} is no readable picture ({e}); remove it") from e
+        why = str(e).split(" <")[0]                 # without the address of an object in memory
+        raise UserError(f"{name} is no readable picture ({why})") from e
     return torch.from_numpy(np.array(im)).view(im.height, im.width, channels).permute(2, 0, 1)
+
+
+def hidden(path):
+    """Whether a part of a path has a name that systems use for themselves, such as .DS_Store, the
+    ._x.jpg and __MACOSX in archives made on a Mac, .ipynb_checkpoints, @eaDir."""
+    return any(part[0] in ".@" or part == "__MACOSX" for part in Path(path).parts)
+
+
+def files_in(folder, seen):
+    """Yields all files under a folder in order, except hidden ones; follows links to folders.
+    seen: the set of folders visited so far, so that a link that leads back is not followed."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not hidden(path.name):
+            yield from files_in(path, seen)
+        elif path.is_file() and not hidden(path.name):      # no pipe, no link to nothing
+            yield path
 
 
 def pictures(folder):
     """All picture files under a folder, sorted; UserError when there is none."""
     folder = Path(folder)
     need(folder.is_dir(), f"no data set, folder or picture {folder}; sets: {', '.join(SETS)}")
-    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
-    need(found, f"{folder} holds no picture ({' '.join(kinds)})")
+    found = [path for path in files_in(folder, set()) if path.suffix.lower() in KINDS]
+    need(found, f"{folder} holds no picture ({' '.join(KINDS)})")
     return found
 
 
 def fit(x, size):
-    """uint8 (C, H, W) or (N, C, H, W) -> the same, cropped to a square around the centre and
-    resized, antialiased, to `size`."""
+    """uint8 (C, H, W) or (N, C, H, W) -> the same, cropped to the square in the middle and resized
+    to `size` pixels a side, antialiased."""
     h, w = x.shape[-2:]
     s = min(h, w)
     top, left = (h - s) // 2, (w - s) // 2
@@ -223,28 +255,43 @@ def fit(x, size):
     return planes.round().clamp(0, 255).byte().view(*x.shape[:-2], size, size)
 
 
-def read_all(sources, size):
-    """Pictures, as read_picture takes them -> uint8 (N, 3, size, size)."""
-    return torch.stack([fit(read_picture(source), size) for source in sources])
+def read_all(sources, size, channels=3):
+    """Pictures, as read_picture takes them -> uint8 (N, channels, size, size).
+
+    Each picture is reduced to its final size before the next one is read, so large photographs
+    need little memory. UserError says how many pictures cannot be read, and which."""
+    rows = []
+    bad = []
+    for source in sources:
+        try:
+            rows.append(fit(read_picture(source, channels), size))
+        except UserError as e:
+            bad.append(str(e))
+    need(not bad, f"{len(bad)} of {len(sources)} pictures cannot be read, move them away: "
+         + "; ".join(bad[:20]))
+    return torch.stack(rows)
 
 
 def members(name, urls=()):
     """(name, bytes) of each file in the folder name/, or in name.tar.gz, which is downloaded where
-    there is a URL. Nothing is unpacked, so no name leads outside; links are passed over."""
+    there is a URL. Nothing is unpacked on disk, so a name in an archive cannot lead to another
+    folder; links are passed over."""
     folder = find(name)
     if folder:
-        for p in sorted(folder.rglob("*")):
-            if p.is_file():
-                yield p.as_posix(), p.read_bytes()
+        for path in files_in(folder, set()):
+            yield path.as_posix(), path.read_bytes()
         return
+    other = find(f"{name}.zip")
+    need(not other, f"{other} is not read: unpack it into a folder {name} beside it")
     path = fetch(f"{name}.tar.gz", urls)
     try:
         with tarfile.open(path) as tar:
             for m in filter(tarfile.TarInfo.isfile, tar):
-                need(m.size <= MAX_BYTES, f"refused: {m.name} has over {MAX_BYTES:,} bytes")
-                yield m.name, tar.extractfile(m).read()
+                need(m.size <= MAX_BYTES, f"{m.name} has over {MAX_BYTES:,} bytes")
+                if not hidden(m.name):
+                    yield m.name, tar.extractfile(m).read()
     except Exception as e:                          # a damaged archive raises nearly anything
-        raise UserError(f"{path} is no whole archive ({e}); delete it") from e
+        raise UserError(f"{path} is no whole .tar.gz ({e}); move it to another place") from e
 
 
 def cached(key, build):
@@ -257,19 +304,20 @@ def cached(key, build):
     return tensors
 
 
-# ---- sets that are downloaded or placed by hand --------------------------------------------------
+# ---- data sets that are downloaded or put there by hand ------------------------------------------
 
+# sha256 of the unpacked files
 MNIST = {
-    "train-images-idx3": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images-idx3": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    "train-images-idx3": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 FASHION = {
-    "train-images-idx3": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-    "train-labels-idx1": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-    "t10k-images-idx3": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-    "t10k-labels-idx1": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    "train-images-idx3": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 MNIST_URLS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/"]
@@ -282,19 +330,22 @@ EYES = "gray black orange pink yellow aqua purple green brown red blue".split()
 FACES = [f"{hair} hair {eyes} eyes" for hair in HAIR for eyes in EYES]  # 11 * hair + eyes: 132
 
 
-def idx_set(folder, hashes, urls, size, split):
-    """MNIST or Fashion-MNIST. 28 -> 32 pads with black, so that every pixel stays exact."""
+def idx_set(folder, raw, hashes, urls, size, split):
+    """MNIST or Fashion-MNIST from folder/, packed or unpacked, or from raw/, torchvision's folder.
+
+    The files are a header of fixed length, known through the hash, and the bytes. From 28 to 32
+    pixels a black edge is added, so that every pixel stays as it was."""
     part = "train" if split == "train" else "t10k"
     arrays = []
     for name, sha256 in hashes.items():
-        file = f"{name}-ubyte.gz"
         if name.startswith(part):
-            path = fetch(f"{folder}/{file}", [url + file for url in urls], sha256)
-            arrays.append(torch.from_numpy(read_idx(path).copy()))
-    x, y = arrays
-    x = x[:, None]                                              # (N, 1, 28, 28)
+            file = f"{name}-ubyte"
+            also = [f"{folder}/{file}", f"{raw}/{file}", f"{raw}/{file}.gz"]
+            path = fetch(f"{folder}/{file}.gz", [f"{url}{file}.gz" for url in urls], sha256, also)
+            arrays.append(torch.frombuffer(bytearray(content(path)), dtype=torch.uint8))
+    x = arrays[0][16:].view(-1, 1, 28, 28)
     x = F.pad(x, (2, 2, 2, 2)) if size == 32 else fit(x, size)
-    return x, y.long()
+    return x, arrays[1][8:].long()
 
 
 def emoji_set(style, size, split):
@@ -303,26 +354,27 @@ def emoji_set(style, size, split):
 
     def build():
         files = [m for m in members("emojis", EMOJI_URLS) if re.search(folder, m[0])]
-        need(files, f"the emojis archive has no {folder}; delete it")
+        need(files, f"emojis.tar.gz has no file {folder}; move it to another place")
         return read_all(sorted(files), size), None
     return cached(f"emoji-{style}-{size}-{split}", build)
 
 
 def anime_set(size, split):
-    """Tagged anime faces (course data, placed by hand); those without a tag are left out, every
-    tenth is the test split."""
+    """Anime faces with a tag for hair and eyes (course data, put there by hand). Pictures without
+    such a tag are left out, and every tenth of the others is the test split."""
     def build():
         tags = {}
         files = {}
         for name, raw in members("anime"):
             if name.endswith("tags.csv"):
-                line = r"^(\d+), *(\w+ hair \w+ eyes)\s*$"
-                tags = dict(re.findall(line, raw.decode("latin-1"), re.M))
-            elif name.endswith((".jpg", ".png")):
+                line = r'^"?(\d+)"?[,;] *"?(\w+ hair \w+ eyes)"?\s*$'
+                text = raw.decode("utf-8-sig", "replace").replace("grey", "gray")
+                tags = dict(re.findall(line, text, re.M))
+            elif Path(name).suffix.lower() in KINDS:
                 files[Path(name).stem] = (name, raw)
         names = [name for name in files if tags.get(name) in FACES]
-        need(names, "anime has no tagged picture: a line of tags.csv is N,<hair> hair <eye> eyes "
-             "for images/N.jpg")
+        need(names, f"anime has {len(files)} pictures and none with a tag: a line of tags.csv is "
+             "N,<hair> hair <eye> eyes for images/N.jpg; or unpack it and use --data FOLDER")
         names = held_out(sorted(names, key=int), split)
         labels = torch.tensor([FACES.index(tags[name]) for name in names])
         return read_all([files[name] for name in names], size), labels
@@ -335,8 +387,9 @@ def held_out(items, split):
 
 
 def folder_set(folder, size, split):
-    """A folder of pictures, its sub-folders the classes: (images, labels or None, classes). Of
-    fewer than 20 pictures all are in every split."""
+    """A folder of pictures: (images, labels or None, classes). Its sub-folders are the classes
+    where there are at least two and no picture lies beside them. Fewer than 20 pictures are not
+    split: all of them are in the training and in the test split."""
     files = pictures(folder)
     kinds = {p: p.relative_to(folder).parts[0] for p in files}      # its sub-folder, or itself
     classes = sorted(set(kinds.values()))
@@ -353,11 +406,13 @@ def folder_set(folder, size, split):
     return *cached(f"folder-{key}-{size}", build), classes
 
 
-# ---- sets that are drawn here --------------------------------------------------------------------
+# ---- data sets that are drawn here ---------------------------------------------------------------
 
 def draw_digits(n, seed, size):
-    """n digits, uint8 (n, 1, size, size), white on black, and labels: Pillow's font with a pen of
-    random width on paper whose four corners are pulled at random."""
+    """n digits, white on black: uint8 (n, 1, size, size), and labels int64 (n,).
+
+    Each is a digit of Pillow's font with a random stroke width, distorted by moving the four
+    corners of the picture at random."""
     r = np.random.RandomState(seed)
     labels = r.randint(0, 10, n)
     x = np.empty((n, 1, size, size), np.uint8)
@@ -371,35 +426,39 @@ def draw_digits(n, seed, size):
     return x, labels.astype(np.int64)
 
 
-RGB = dict(orange=(240, 140, 30), white=(246, 246, 250), aqua=(80, 225, 220), gray=(140, 142, 150),
-           green=(50, 165, 70), red=(205, 35, 40), purple=(135, 60, 180), pink=(252, 150, 200),
-           blue=(45, 85, 220), black=(38, 34, 42), brown=(125, 72, 36), blonde=(248, 215, 100),
-           yellow=(245, 220, 20))
+RGB = dict(orange="#f08c1e", white="#f6f6fa", aqua="#50e1dc", gray="#8c8e96", green="#32a546",
+           red="#cd2328", purple="#873cb4", pink="#fc96c8", blue="#2d55dc", black="#26222a",
+           brown="#7d4824", blonde="#f8d764", yellow="#f5dc14")
 
 
 def face_ellipses(hair, eye, p):
-    """One face as ellipses (x, y, half width, half height, colour) on 128 x 128, back to front.
-    p: 7 numbers in [-1, 1]: shift x, shift y, width, hair length, mouth width and height, gaze."""
+    """One face as ellipses (x, y, half width, half height, colour) on 128 x 128 pixels, in the
+    order of drawing.
+
+    hair, eye: colours; p: 7 numbers in [-1, 1]: position x and y, width of the face, length of the
+    hair, width and height of the mouth, direction of the eyes."""
     x = 64 + 6 * p[0]
     y = 66 + 5 * p[1]
     w = 34 + 3 * p[2]
     long = 34 + 18 * p[3]
-    skin = (253, 222, 196)
+    skin = "#fddec4"
     look = 3 * p[6]
     ellipses = [(x, y - 12, w + 12, 42, hair), (x - w, y + 14, 14, long, hair),
                 (x + w, y + 14, 14, long, hair), (x, y + 64, 22, 34, skin), (x, y, w, 42, skin),
                 (x, y - 34, w, 22, hair)]
     for side in (x - 16, x + 16):
-        ellipses += [(side, y + 6, 12, 14, (255, 255, 255)), (side + look, y + 6, 10, 12, eye),
-                     (side + look, y + 6, 3, 5, (20, 16, 24))]
-    return ellipses + [(x, y + 29, 7 + 4 * p[4], 3 + 2 * p[5], (170, 60, 70))]
+        ellipses += [(side, y + 6, 12, 14, "#ffffff"), (side + look, y + 6, 10, 12, eye),
+                     (side + look, y + 6, 3, 5, "#141018")]
+    return ellipses + [(x, y + 29, 7 + 4 * p[4], 3 + 2 * p[5], "#aa3c46")]
 
 
 def draw_faces(style, n, first, size):
-    """Faces number first .. first + n - 1, uint8 (n, 3, size, size), and labels 11 * hair + eyes.
+    """The faces with the numbers first .. first + n - 1, uint8 (n, 3, size, size), and their labels
+    11 * hair + eyes.
 
-    Style "a": shaded from the upper left, no outline, on slate. Style "b": flat, black outline, on
-    cream. Face i is the same in both styles: b[i] is the true translation of a[i]."""
+    Style "a": lit from the upper left, without outlines, on blue grey. Style "b": plain colours,
+    black outlines, on cream. Face i is the same in both styles: b[i] is the true translation of
+    a[i]."""
     soft = style == "a"
     v, u = np.mgrid[0:size, 0:size] / (size - 1)
     light = 1.12 - .42 * np.hypot(u - .25, v - .2)                      # (S, S)
@@ -410,7 +469,7 @@ def draw_faces(style, n, first, size):
         hair = r.randint(12)
         eye = r.randint(11)
         p = r.uniform(-1, 1, 7)
-        im = Image.new("RGB", (128, 128), (92, 106, 128) if soft else (255, 250, 235))
+        im = Image.new("RGB", (128, 128), "#5c6a80" if soft else "#fffaeb")
         draw = ImageDraw.Draw(im)
         for cx, cy, rx, ry, colour in face_ellipses(RGB[HAIR[hair]], RGB[EYES[eye]], p):
             draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), colour,
@@ -422,7 +481,9 @@ def draw_faces(style, n, first, size):
 
 
 def drawn_set(name, size, split):
-    """digits, faces-a or faces-b. The two styles train on different faces and share the test."""
+    """digits, faces-a or faces-b. The training faces of the two styles differ, as in unpaired
+    translation; the test faces are the same in both, so a translation can be compared with the
+    truth."""
     def build():
         print(f"drawing  {name} ({split}) ...", flush=True)
         if name == "digits":
@@ -436,18 +497,43 @@ def drawn_set(name, size, split):
     return cached(f"{name}-{size}-{split}-2", build)
 
 
+# The 8 centres (8, 2), evenly spaced on a circle of radius 0.75.
+RING = torch.view_as_real(torch.polar(torch.full((8,), .75), torch.arange(8) * math.pi / 4))
+
+
+def draw_ring(n, seed):
+    """n points of eight Gaussians around the centres RING with standard deviation 0.02, as pictures
+    with two channels and one pixel, so that all code for pictures works on them: uint8
+    (n, 2, 1, 1). A step of uint8 is 0.4 standard deviations, which is fine enough."""
+    r = np.random.RandomState(seed)
+    x = RING[r.randint(0, 8, n)] + .02 * torch.from_numpy(r.randn(n, 2))
+    return to_uint8(x)[..., None, None]
+
+
+def stacked_set(source, size, split):
+    """Stacked MNIST (Metz 2017, sec. 3.3.1): three random digits of the set `source` are the red,
+    green and blue channel of a picture. uint8 (n, 3, size, size), labels 100 red + 10 green + blue,
+    n = 60,000, or 10,000 for the test split."""
+    x, y, _ = load(source, size, split)
+    n = 60_000 if split == "train" else 10_000
+    i = np.random.RandomState(0).randint(0, len(x), (n, 3))
+    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
+
+
 # ---- load: one name, one tensor ------------------------------------------------------------------
 
-SETS = ["mnist", "fashion", "emoji-apple", "emoji-windows", "anime", "digits", "faces-a", "faces-b"]
+SETS = ["mnist", "fashion", "emoji-apple", "emoji-windows", "anime", "stacked", "digits", "faces-a",
+        "faces-b", "stacked-digits", "ring"]
 
 
 def load(name, size, split="train"):
     """A data set as one tensor.
 
     name: one of SETS, or a folder; size: pixels a side; split: "train", "test" or "all" (both).
-    Returns images uint8 (N, C, size, size); labels int64 (N,), or None; names of the classes (of
-    faces the 132 FACES, label = 11 * hair + eyes). Errors: Unavailable, or UserError if damaged."""
-    need(8 <= size <= 1024, f"a picture size of {size} is not between 8 and 1024")
+    Returns images uint8 (N, C, size, size); labels int64 (N,), or None; the names of the classes,
+    or [] (of faces the 132 FACES, label = 11 * hair + eyes). ring: uint8 (N, 2, 1, 1) whatever the
+    size. Errors: Unavailable if it cannot be downloaded, UserError if it cannot be read."""
+    need(8 <= size <= 1024 or name == "ring", f"a picture size of {size} is not between 8 and 1024")
     if name not in SETS:
         return folder_set(name, size, split)
     if split == "all":
@@ -457,31 +543,45 @@ def load(name, size, split="train"):
             y = torch.cat([y, y2])
         return torch.cat([x, x2]), y, classes
     if name == "mnist":
-        return *idx_set("mnist", MNIST, MNIST_URLS, size, split), DIGITS
+        return *idx_set("mnist", "MNIST/raw", MNIST, MNIST_URLS, size, split), DIGITS
     if name == "fashion":
-        return *idx_set("fashion_mnist", FASHION, FASHION_URLS, size, split), CLOTHES
+        raw = "FashionMNIST/raw"
+        return *idx_set("fashion_mnist", raw, FASHION, FASHION_URLS, size, split), CLOTHES
     if name.startswith("emoji"):
         return *emoji_set(name[6:].capitalize(), size, split), []
     if name == "anime":
         return *anime_set(size, split), FACES
+    if name == "ring":
+        return draw_ring(20_000, split == "test"), None, []
+    if name.startswith("stacked"):
+        source = name[8:] or "mnist"                            # stacked-digits -> digits
+        return *stacked_set(source, size, split), [f"{k:03}" for k in range(1000)]
     return *drawn_set(name, size, split), DIGITS if name == "digits" else FACES
 
 
+def choices(names):
+    """The list of sets in "mnist,digits"; a folder may have a comma in its name."""
+    return [names] if Path(names).is_dir() else names.split(",")
+
+
 def choose(names, size, split="train"):
-    """(name, images, labels, classes) of the first set of "mnist,digits" that can be had; the line
-    it prints says which one and why."""
-    missing = ""
-    names = names.split(",")
+    """(name, images, labels, classes) of the first set of "mnist,digits" that can be had. Prints
+    which one that is, why not an earlier one, and of a folder how many files are no pictures."""
+    note = ""
+    names = choices(names)
     for name in names:
         try:
             images, labels, classes = load(name, size, split)
         except Unavailable as e:
             if name == names[-1]:
                 raise
-            missing += f"  (no {name}: {str(e).split(';')[0]})"
+            note += f"  (no {name}: {str(e).split(';')[0]})"
             continue
+        if name not in SETS:
+            others = len([*files_in(Path(name), set())]) - len(pictures(name))
+            note += f"  ({others} other files left out)" * (others > 0)
         n, c, h, w = images.shape
-        print(f"data     {name}: {n:,} pictures {c} x {h} x {w}{missing}", flush=True)
+        print(f"data     {name}: {n:,} pictures {c} x {h} x {w}{note}", flush=True)
         return name, images, labels, classes
 
 
@@ -560,47 +660,43 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
     return save(page, path)
 
 
-def gif(path, files):
-    """PNG files -> one looping GIF of at most 40 of them, and the last one held."""
-    files = files[::1 + len(files) // 40] + 9 * files[-1:]
-    frames = [Image.open(file).convert("RGB") for file in files]
+def gif(path, frames, duration=150):
+    """PNG files or Pillow images -> one looping GIF of at most 50 of them; each is shown for
+    `duration` milliseconds, the last ten times as long."""
+    frames = frames[::1 + len(frames) // 50] + 9 * frames[-1:]
+    pages = [(frame if isinstance(frame, Image.Image) else Image.open(frame)).convert("RGB")
+             for frame in frames]
     with atomic(path) as part:
-        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], loop=0,
-                       duration=150)
+        pages[0].save(part, "GIF", save_all=True, append_images=pages[1:], loop=0,
+                      duration=duration)
 
 
 # ---- charts --------------------------------------------------------------------------------------
 
-def ticks(low, high):
-    """Round numbers, 1, 2 or 5 times a power of ten apart, between low and high."""
-    half = (high - low) / 2
-    step = 10. ** math.floor(math.log10(half))
-    step *= max(m for m in (1, 2, 5) if step * m <= half)
-    return np.arange(math.ceil(low / step), high / step) * step
-
-
 def panel(draw, top, title, lines):
-    """One chart at this height of a page 830 pixels wide: lines {name: (xs, ys)}. The vertical axis
-    covers the 1st to the 99th percentile."""
+    """One chart, its upper edge at this height of a page that is 830 pixels wide.
+
+    lines: {name: (xs, ys)}. The vertical axis covers the 1st to the 99th percentile, so that one
+    outlier does not flatten the curves."""
     xs, ys = np.concatenate([*lines.values()], 1)                       # (2, all points)
     y_low, y_high = np.percentile(ys, [1, 99])
     edge = .06 * (y_high - y_low) + .01 * abs(y_high) + 1e-6
-    low = np.array([xs.min(), y_low - edge])
-    high = np.array([xs.max() + 1e-6, y_high + edge])
-    scale = [754, -150] / (high - low)                                  # pixels a unit
-    for v in ticks(low[1], high[1]):
-        level = top + 206 + (v - low[1]) * scale[1]
-        draw.line((60, level, 814, level), (225, 225, 225))
-        write(draw, (54, level), f"{v:.4g}", anchor="rm")
-    for v in ticks(low[0], high[0]):
-        write(draw, (60 + (v - low[0]) * scale[0], top + 212), f"{v:g}", anchor="mt")
+    low = np.array([0, y_low - edge])
+    high = np.array([xs.max(), y_high + edge])
+    scale = [754, -150] / (high - low)                                  # pixels per unit
+    for k in range(5):                                                  # five labels on each axis
+        x, y = 60 + 188.5 * k, top + 206 - 37.5 * k
+        step, value = low + (high - low) * k / 4
+        draw.line((60, y, 814, y), (225, 225, 225))
+        write(draw, (54, y), f"{value:.3g}", anchor="rm")
+        write(draw, (x, top + 212), f"{step:.0f}", anchor="mt")
     draw.rectangle((60, top + 56, 814, top + 206), outline="black")
     write(draw, (60, top + 14), title, 15)
     left = 64
     row = top + 32
     for (name, line), colour in zip(lines.items(), COLOURS * 3):
         width = 34 + font().getlength(name)
-        if left + width > 840:                              # the legend's next line
+        if left + width > 840:                              # the legend goes on in a second line
             left = 64
             row += 14
         points = (np.transpose(line).clip(low, high) - low) * scale + [60, top + 206]   # (n, 2)
@@ -647,22 +743,25 @@ def scatter(path, xy, groups, group_names, labels, links, title, colours):
 # ---- several processes: torchrun -----------------------------------------------------------------
 
 def meet(name):
-    """The processes of torchrun meet, each on a GPU of its own unless the device's name is "cpu";
-    from here on only rank 0 speaks."""
+    """Connect the processes that torchrun has started, each on a GPU of its own unless the device's
+    name is "cpu". From here on only rank 0 prints."""
     if WORLD == 1:
         return
+    need(os.name == "posix" and (name == "cpu" or not torch.backends.mps.is_available()),
+         "torchrun works on Linux, and on a Mac with --device cpu; start this with python")
     if name != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager
 def rank_0_first():
-    """Rank 0 runs the block, then the others, who find on disk what it has put there."""
+    """Rank 0 runs the block first. The other ranks run it afterwards and find on disk what rank 0
+    has put there."""
     if RANK > 0:
         dist.barrier()
     yield
@@ -678,7 +777,7 @@ def mean_gradients(opt, *_):
 
 
 def over_ranks(opt):
-    """The optimiser itself; under torchrun mean_gradients goes before each of its steps."""
+    """The same optimiser; under torchrun each of its steps first averages the gradients."""
     if WORLD > 1:
         opt.register_step_pre_hook(mean_gradients)
     return opt
@@ -687,16 +786,28 @@ def over_ranks(opt):
 # ---- runs: command line, device ------------------------------------------------------------------
 
 def run_main(main):
-    """main() as a command: an error of the user's is one line and exit code 2; Ctrl-C is 130."""
+    """Run main() as a command: an error of the user's is one line on stderr and exit code 2; Ctrl-C
+    is exit code 130."""
+    if hasattr(sys.stdout, "reconfigure"):      # a name that the console cannot show is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main()
+        main()
+        print(end="", flush=True)
+        return
     except UserError as e:
         why = " ".join(str(e).split())
+    except BrokenPipeError:                     # the reader, such as `| head`, has seen enough
+        os._exit(141)
     except OSError as e:
-        why = f"{e.filename or 'file'}: {e.strerror or e}; free space or name another folder"
+        why = (f"{e.filename or 'file'}: {e.strerror or e}; free space, change its permissions or "
+               "name another folder")
+    except (RuntimeError, MemoryError) as e:
+        if not re.search("out of memory|allocate|MemoryError", repr(e)):
+            raise
+        why = "out of memory: give a smaller --batch, or --device cpu if the GPU is too small"
     except KeyboardInterrupt:
         print("\nstopped; the same command (without --resume 0) goes on from the last checkpoint, "
-              "if any: one each --sample-every steps")
+              "which is written every --sample-every steps")
         sys.exit(130)
     print(f"error: {why}", file=sys.stderr)
     sys.exit(2)
@@ -709,35 +820,42 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 
-def arguments(Config, argv=None, presets=(), hide=(), positional=""):
+def arguments(Config, argv=None, presets={}, hide=(), positional=""):
     """Command line -> (name of the preset, dict of the fields that it changes).
 
-    Flags, their choices and their help are the fields of a flat dataclass, their Literal types and
-    the comments behind them; fields in `hide` are none. The name of a preset comes first where
-    there are presets; the field `positional` takes the words without a flag."""
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    Each field of the flat dataclass Config is a flag. Its help is the comment behind it, so we read
+    the source of the class; a comment line `# ---- the network` begins a group of the help.
+    presets: name -> Config with its values, which `NAME --help` shows as the defaults; the name
+    comes first on the command line. Fields in `hide` are no flags; the field `positional` takes the
+    words without a flag."""
+    argv = sys.argv[1:] if argv is None else argv
+    shown = presets.get(argv[0], Config) if argv else Config    # a class has its defaults, too
+    group = parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("preset", choices=presets, metavar="PRESET",
-                            help=f"{' '.join(presets)}; their own values go before the defaults")
-    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for f in dataclasses.fields(Config):
-        if f.name in hide:
-            continue
-        words = comments[f.name]
-        if f.name == positional:
-            parser.add_argument(f.name, nargs="*", help=words)
-            continue
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
-                            help=f"{words} (default {f.default!r})", default=argparse.SUPPRESS,
-                            choices=typing.get_args(f.type) or None)
+                            help=f"{' '.join(presets)}; PRESET --help shows its own values")
+    fields = {f.name: f for f in dataclasses.fields(Config) if f.name not in hide}
+    for line in inspect.getsource(Config).splitlines():
+        title = re.match(" +# -+ (.+)", line)
+        field = re.match(r" +(\w+): .*?# (.*)", line)
+        if title:
+            group = parser.add_argument_group(title[1])
+        elif field and field[1] in fields:
+            f = fields[field[1]]
+            if f.name == positional:
+                parser.add_argument(f.name, nargs="*", help=field[2])
+                continue
+            group.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
+                               help=f"{field[2]} (default {getattr(shown, f.name)!r})",
+                               default=argparse.SUPPRESS, choices=typing.get_args(f.type) or None)
     given = vars(parser.parse_intermixed_args(argv))
-    preset = given.pop("preset", "")
-    return preset, given
+    return given.pop("preset", ""), given
 
 
 def keep_memory():
-    """glibc keeps the memory that a step frees, or each step would page it in anew."""
+    """Make the C library of Linux keep the memory that a step frees. Otherwise it goes back to the
+    system, and every step spends time to get it again."""
     with contextlib.suppress(OSError, AttributeError, TypeError):       # other systems differ
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)                   # M_MMAP_THRESHOLD: 32 MB
@@ -748,16 +866,30 @@ def device(name):
     """torch.device by name; "auto" is the accelerator, cuda or mps, else cpu."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(True) or "cpu"     # True: if it is there
+    need(WORLD == 1 or dist.is_initialized(), "only gan.py can run under torchrun; use python")
     keep_memory()
     try:
         torch.zeros(1, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name} is not there; use --device cpu") from None
+    except (RuntimeError, AssertionError) as e:
+        why = str(e).split("\n")[0]
+        raise UserError(f"device {name} is not there ({why}); use --device cpu") from None
+
+
+def place(net, device):
+    """A network on its device, its weights in the memory layout that is fastest there.
+
+    channels_last speeds up convolutions on CPUs and NVIDIA's GPUs. On Apple's GPUs up to torch 2.13
+    the backward pass of batch norm on such pictures is wrong or stops, so there all stays
+    contiguous."""
+    apple = torch.device(device).type == "mps"
+    layout = torch.contiguous_format if apple else torch.channels_last
+    return net.to(device, memory_format=layout)
 
 
 def autocast(amp, device):
-    """A context in which convolutions run in bfloat16: amp 1 yes, 0 no, -1 where it is native."""
+    """A context in which convolutions and matrix products run in bfloat16, which has 16 bits.
+    amp: 1 yes, 0 no, -1 only where the processor computes with bfloat16 itself and so is faster."""
     native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -766,7 +898,7 @@ def autocast(amp, device):
 
 
 def versions():
-    """What a result depends on besides the seed."""
+    """The versions and the machine that a result depends on besides the seed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                 pillow=Image.__version__, gpu=gpu, threads=torch.get_num_threads())
@@ -775,44 +907,50 @@ def versions():
 # ---- runs: folder, checkpoints, log --------------------------------------------------------------
 
 def run_folder(name, cfg, changes, free):
-    """The folder of a run, out/<name>-<what was changed>, announced."""
+    """The folder of a run, out/<name>-<each setting that was changed>; prints the line that begins
+    a run. A folder with files in it must hold a run of this program, so that nobody's pictures are
+    overwritten; what could stop the run at its end is checked here, too."""
+    need(abs(cfg.seed) <= 9e12, f"--seed {cfg.seed} is not between -9e12 and 9e12")
+    words = [name]
     for field, value in vars(cfg).items():
         if field in changes and field not in free:
-            name += f"-{field}{value}"
-    out = Path(cfg.out or "out/" + re.sub(r"[/\\:, ]", "+", name))
+            if value and isinstance(value, str):
+                value = os.path.normpath(value)             # photos/ and photos are one folder
+                setattr(cfg, field, value)
+            words.append(f"{field}{value}")
+    out = Path(cfg.out or "out/" + re.sub(r"[^\w.-]", "+", "-".join(words)))
+    if (out / "last.pt").is_file():
+        need("log" in load_checkpoint(out / "last.pt"), f"{out}/last.pt is of an older version or "
+             "another program; name another folder with --out")
+    elif out.exists() and not all(hidden(path.name) for path in out.iterdir()):
+        read_run(out)                                       # UserError if it holds something else
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    need(os.access(DOWNLOADS, os.W_OK), f"cannot write to {DOWNLOADS}: set DOWNLOADS=FOLDER")
     v = versions()
-    print(f"run      {out}  seed {cfg.seed}  {device(cfg.device)}  {v['threads']} threads  "
-          f"torch {v['torch']}", flush=True)
+    print(f"run      {out}  {' '.join(words)}  seed {cfg.seed}  {device(cfg.device)}  "
+          f"{v['threads']} threads  torch {v['torch']}", flush=True)
     return out
 
 
 def kept(cfg, out):
-    """The data sets to choose from: the one that the run in this folder began with, if it is one of
-    cfg.data, even where a better one has appeared since (--resume 0 takes that); else cfg.data."""
+    """The data sets to choose from. A run that is resumed keeps the set that it began with, if that
+    is one of cfg.data, even if a better one can be had by now; otherwise cfg.data."""
     path = out / "last.pt"
     if not (cfg.resume and path.is_file()):
         return cfg.data
-    began = load_checkpoint(path).get("config", {}).get("data")
-    if began not in cfg.data.split(","):
+    began = load_checkpoint(path)["config"].get("data")
+    if began not in choices(cfg.data):
         return cfg.data                         # restore() will say that it is another
     return began
 
 
-def blew_up(out, step):
-    """Ends a run in which a number is not finite; result.json says so to compare."""
-    write_json(out / "result.json", dict(step=step, metrics={"blew up at": step},
-                                         headline=f"blew up at {step}"))
-    raise UserError(f"blew up: a loss, gradient or weight is not finite at step {step}; the last "
-                    "good checkpoint, if any, stays: try a lower learning rate")
-
-
 def save_checkpoint(path, parts, step, cfg):
-    """Networks and optimisers, step and config -> file, atomically; blew_up if a weight is not
-    finite, and the file stays."""
+    """Networks, optimisers, log and whatever else has a state_dict, with step and config, to a
+    file, atomically. Where a weight is not finite the run ends and the earlier file stays."""
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             if not all(p.isfinite().all() for p in part.parameters()):
-                blew_up(path.parent, step)
+                parts["log"].blew_up(step)
     state = {name: part.state_dict() for name, part in parts.items()}
     save_state(path, dict(state, step=step, config=vars(cfg)))
 
@@ -822,39 +960,48 @@ def load_checkpoint(path, device="cpu"):
     need(Path(path).is_file(), f"no checkpoint {path}: train first, or name the run with --out")
     try:
         return dict(torch.load(path, map_location=device, weights_only=True))
+    except OSError:                                 # no permission: run_main says so
+        raise
     except Exception as e:                          # a damaged zip or pickle raises nearly anything
-        raise UserError(f"{path} is no readable checkpoint ({type(e).__name__}); delete it") from e
+        raise UserError(f"{path} is no readable checkpoint ({type(e).__name__}): move it away, or "
+                        "name another folder with --out") from e
 
 
+@rank_0_first()
 def restore(parts, path, cfg, free, device):
-    """A checkpoint into networks and optimisers, in place; returns its step, 0 if there is none.
-    --resume 0 deletes the earlier run first. UserError where a field that is not free has
-    changed, and where nothing is there to train or to resume."""
-    need(cfg.steps or cfg.resume and path.is_file(),
-         f"nothing trained yet: --steps 0 (or --prompt) needs {path}, and no --resume 0")
-    old = list(path.parent.glob(".*.part"))             # what a killed run left half-written
-    if not cfg.resume:
-        old += [*sample_grids(path.parent), path.parent / "log.csv",
-                path.parent / "result.json", path]
-    for file in old:
-        file.unlink(missing_ok=True)
-    if not path.is_file():
+    """Load a checkpoint into networks, optimisers and log, in place; returns its step.
+
+    Where there is none, or only one from before the first step, it writes one of step 0: from then
+    on the folder is known to hold a run of this program. --resume 0 first deletes the earlier
+    run: its checkpoint, results and those sample pictures that its log lists. UserError where a
+    setting has changed that is not in `free`, and where nothing is there to train or to resume."""
+    for part in path.parent.glob(".*.part"):
+        if part.stat().st_mtime < time.time() - 3600:       # no file takes an hour to write, so
+            part.unlink(missing_ok=True)                    # a killed run has left this one
+    if not cfg.resume and path.is_file() and RANK == 0:
+        grids = [f"{step:06d}.png" for step in load_checkpoint(path)["log"]["grids"]]
+        for name in [*grids, "log.csv", "result.json", "last.pt"]:
+            (path.parent / name).unlink(missing_ok=True)
+    state = load_checkpoint(path, device) if path.is_file() else dict(step=0)
+    if state["step"] == 0:
+        need(cfg.steps, f"nothing is trained yet: this needs {path}, and no --resume 0")
+        save_checkpoint(path, parts, 0, cfg)
         return 0
-    state = load_checkpoint(path, device)
-    trained = state.get("config", {})
+    trained = state["config"]
     for name, value in vars(cfg).items():
         was = trained.get(name, value)
         need(name in free or was == value,
-             f"{path} was trained with --{name.replace('_', '-')} {was}, not {value}; give that "
-             "flag, another --out, or --resume 0 to begin anew")
+             f"{path} was trained with {name} {was}, not {value}; repeat that setting, name "
+             "another --out, or begin anew with --resume 0")
     need(not trained.get("decay") or state["step"] >= cfg.steps or cfg.steps == trained["steps"],
          f"in {path} the learning rate has fallen as for --steps {trained['steps']}: give that "
          "length, another --out, or --resume 0 to begin anew")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (KeyError, RuntimeError, ValueError) as e:
+    except Exception as e:                          # another program's file raises nearly anything
         raise UserError(f"{path} is no checkpoint of this model ({str(e).splitlines()[0]})") from e
+    parts["log"].last = state["step"]
     print(f"resumed  {path} after {state['step']} steps")
     return state["step"]
 
@@ -865,33 +1012,62 @@ def grad_norm(net):
 
 
 class Log:
-    """log.csv and the line on the screen. Opened at step `start`, it keeps the rows up to there.
+    """The numbers of a run: rows, a dict for each logged step; grids, the steps at which it wrote a
+    sample picture; seconds, how long it has trained.
 
-    rows: a dict a logged step; seconds: how long the run has taken."""
+    It is one of the parts of the checkpoint. log.csv is written for the user and never read, so it
+    may be edited."""
 
-    def __init__(self, out, total, start=0):
-        self.path = out / "log.csv"
+    def __init__(self, out, total):
+        self.out = out
         self.total = total
-        self.last = start
+        self.last = 0                   # the step of the latest row
+        self.seconds = 0.
         self.rows = []
-        if start and self.path.exists():
-            names, *lines = [line.split(",") for line in self.path.read_text().splitlines()]
-            rows = [dict(zip(names, map(float, line))) for line in lines]
-            self.rows = [row for row in rows if row["step"] <= start]
-        self.seconds = self.rows[-1]["seconds"] if self.rows else 0.
+        self.grids = []
         self.then = time.perf_counter()
+
+    def state_dict(self):
+        return dict(rows=self.rows, grids=self.grids)
+
+    def load_state_dict(self, state):
+        self.rows = state["rows"]
+        self.grids = state["grids"]
+        if self.rows:
+            self.seconds = self.rows[-1]["seconds"]
+
+    def grid(self, step):
+        """The path for the sample picture of a step, 000001.png and so on; the run owns it now."""
+        if step not in self.grids:
+            self.grids.append(step)
+        return self.out / f"{step:06d}.png"
 
     def table(self):
         """Name of a column -> its numbers."""
         names = self.rows[0] if self.rows else ()
         return {name: [row[name] for row in self.rows] for name in names}
 
+    def save(self, **record):
+        """result.json: this record, the table and the steps with a sample picture."""
+        record |= dict(log=self.table(), grids=self.grids)
+        write_text(self.out / "result.json", json.dumps(record, indent=1) + "\n")
+
+    def blew_up(self, step):
+        """Ends a run in which a number is not finite; result.json says so to compare."""
+        headline = f"blew up at {step}"
+        self.save(step=step, metrics={"blew up at": step}, headline=headline)
+        raise UserError(f"{headline}: a loss, gradient or weight is not finite. Train anew with a "
+                        "lower learning rate (--lr) in a folder of its own: without --out the name "
+                        f"follows from the flags. {self.out} keeps its last good checkpoint")
+
     def write(self, step, batch, **numbers):
-        """One row to log.csv, one aligned line to the screen. numbers: 0-d tensors, fetched from
-        the device in one go; batch: pictures a step. blew_up unless all of them are finite."""
+        """One row to log.csv; step, the first four numbers, speed and time left to the screen.
+
+        numbers: 0-d tensors, fetched from the device all at once; batch: pictures per step. Ends
+        the run as blown up unless all numbers are finite."""
         values = torch.stack([v.detach().float() for v in numbers.values()])
         if not values.isfinite().all():
-            blew_up(self.path.parent, step)
+            self.blew_up(step)
         numbers = dict(zip(numbers, values.tolist()))
         took = time.perf_counter() - self.then
         steps = step - self.last
@@ -900,18 +1076,13 @@ class Log:
         self.seconds += took
         self.last = step
         self.rows.append(dict(step=step, **numbers, seconds=self.seconds))
-        lines = [",".join(self.rows[0])]
-        for row in self.rows:
-            lines.append(",".join(f"{value:.7g}" for value in row.values()))
-        write_text(self.path, "\n".join(lines) + "\n")
-        words = "  ".join(f"{name} {value:7.3f}" for name, value in numbers.items())
-        print(f"step {step:>{len(str(self.total))}}/{self.total}  {words}  "
-              f"{steps * batch / took:6.0f} img/s  {left // 60}:{left % 60:02} left", flush=True)
-
-
-def sample_grids(out):
-    """The sample pictures of a run, 000001.png and so on, in order."""
-    return sorted(out.glob("[0-9]" * 6 + ".png"))
+        lines = [",".join(f"{value:.7g}" for value in row.values()) for row in self.rows]
+        write_text(self.out / "log.csv", "\n".join([",".join(self.rows[0]), *lines, ""]))
+        line = f"step {step:>{len(str(self.total))}}/{self.total}"
+        for name, value in list(numbers.items())[:4]:
+            line += f"  {name.split()[0]} {value:8.3g}"
+        line += f"  {steps * batch / took:6.0f} img/s  {left // 60}:{left % 60:02} left"
+        print(line[:100], flush=True)
 
 
 def finish(out, cfg, log, nets, metrics, panels, headline):
@@ -926,13 +1097,14 @@ def finish(out, cfg, log, nets, metrics, panels, headline):
             shown.append((title, lines))
     if shown:
         chart(out / "curves.png", shown)
-    grids = sample_grids(out)
+    grids = [*filter(Path.is_file, map(log.grid, log.grids))]
     if grids:
         gif(out / "training.gif", grids)
-    write_json(out / "result.json", dict(
+        print(f"samples  {grids[0]} ... {grids[-1].name}")
+    log.save(
         command="python " + " ".join(sys.argv), config=vars(cfg), versions=versions(),
         parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
-        step=log.last, seconds=log.seconds, metrics=metrics, headline=headline))
+        step=log.last, seconds=log.seconds, metrics=metrics, headline=headline)
     names = sorted(p.name for p in out.glob("[a-z]*"))
     print(f"wrote    {out}: {' '.join(names)}")
     print(headline)
@@ -941,15 +1113,19 @@ def finish(out, cfg, log, nets, metrics, panels, headline):
 # ---- several runs on one sheet -------------------------------------------------------------------
 
 def read_run(folder):
-    """(name, result.json, picture of the last samples, log as columns) of a run."""
+    """(metrics with step and seconds, picture of the last samples, log as columns) of a run."""
     folder = Path(folder)
-    path = folder / "result.json"
-    need(path.is_file(), f"{folder} is no finished run (no result.json); train it first")
-    record = json.loads(path.read_text())
     picture = Image.new("RGB", (400, 400), "white")             # if it blew up before the first
-    for path in sample_grids(folder):
-        picture = Image.open(path).convert("RGB")
-    return folder.name, record, picture, Log(folder, 0, record["step"]).table()
+    try:
+        record = json.loads((folder / "result.json").read_text(encoding="utf-8-sig"))
+        numbers = dict(record["metrics"], step=record["step"], seconds=record.get("seconds"))
+        for grid in filter(Path.is_file, [folder / f"{step:06d}.png" for step in record["grids"]]):
+            picture = Image.open(grid).convert("RGB")
+        np.array([*record["log"].values()], float)              # columns of numbers, equally long
+    except Exception as e:                          # an edited or cut file raises nearly anything
+        raise UserError(f"{folder} holds no readable result of a run ({type(e).__name__}: "
+                        "result.json); name another folder") from e
+    return numbers, picture, record["log"]
 
 
 def short(value):
@@ -959,17 +1135,23 @@ def short(value):
 
 def compare(folders, out):
     """Several runs: the first row of their last samples on <out>.png, curves on <out>-curves.png,
-    numbers in <out>.md. Returns the table, Markdown, a row a run."""
-    runs = [read_run(folder) for folder in folders]
+    numbers in <out>.md. Returns the table as Markdown, a row for each run. A folder without a
+    readable result is left out, and a line says so."""
+    runs = {}
+    common = os.path.commonpath([Path(folder).absolute().parent for folder in folders])
+    for folder in folders:
+        try:
+            runs[os.path.relpath(folder, common)] = read_run(folder)
+        except UserError as e:
+            print(f"left out: {e}")
+    need(runs, "no finished run to compare; train one first")
     names = ["step", "seconds"]
-    for _, record, _, _ in runs:
-        names += [name for name, value in record["metrics"].items()
-                  if short(value) and name not in names]
+    for numbers, _, _ in runs.values():
+        names += [name for name, value in numbers.items() if short(value) and name not in names]
     table = ["| run | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     lines = {}
     strips = []
-    for name, record, picture, log in runs:
-        numbers = record | record["metrics"]
+    for name, (numbers, picture, log) in runs.items():
         table.append(f"| {name} | " + " | ".join(short(numbers.get(k)) for k in names) + " |")
         for column in set(log) - {"step", "seconds"}:
             lines.setdefault(column, {})[name] = log["step"], log[column]
@@ -978,7 +1160,7 @@ def compare(folders, out):
             h = w // 8
         picture = np.array(picture.crop((0, 0, w, h)).resize((640, 640 * h // w)))
         strips.append(torch.from_numpy(picture).permute(2, 0, 1)[None])
-    sheet(strips, f"{out}.png", [run[0] for run in runs])
+    sheet(strips, f"{out}.png", list(runs))
     if lines:
         chart(f"{out}-curves.png", sorted(lines.items()))
     write_text(f"{out}.md", "\n".join(table) + "\n")
@@ -987,24 +1169,18 @@ def compare(folders, out):
 
 @dataclasses.dataclass
 class Command:
-    """What `python data.py show` and `python data.py compare` are told."""
-    words: tuple = ()               # of show NAME FILE.png, of compare RUN RUN ...
-    out: str = "out/compare"        # of compare, without .png
-    size: int = 32                  # of show, pixels a side
+    """What `python data.py compare` is told."""
+    runs: tuple = ()                # folders of finished runs
+    out: str = "out/compare"        # where the results go: OUT.png, OUT-curves.png and OUT.md
 
 
 def main(argv=None):
-    """The command line: show, compare."""
-    do, changes = arguments(Command, argv, ("show", "compare"), positional="words")
+    """The command line."""
+    _, changes = arguments(Command, argv, dict(compare=Command), positional="runs")
     a = Command(**changes)
-    need(len(a.words) > (do == "show"), f"{do} what? python data.py --help has examples")
-    if do == "show":
-        _, images, _, _ = choose(a.words[0], a.size)
-        images = images[:: 1 + len(images) // 100]
-        print("wrote", save(grid(images, 10), a.words[1]))
-    else:
-        print(compare(a.words, a.out))
-        print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")
+    need(a.runs, "compare which runs? python data.py --help has an example")
+    print(compare(a.runs, a.out))
+    print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")
 
 
 if __name__ == "__main__":

@@ -640,7 +640,7 @@ def train(cfg, images, labels, out, device):
     images uint8 (n, C, S, S), labels (n,), on the device; writes grids, log.csv and last.pt. Under
     torchrun all ranks draw one batch and each takes its share of it."""
     torch.manual_seed(cfg.seed)
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in networks(cfg))
+    G, D = (data.place(net, device) for net in networks(cfg))
     G_ema = copy.deepcopy(G) if cfg.ema else G          # the one that draws the samples
     d_lr = cfg.d_lr or cfg.lr
     opt_G = optimiser(cfg.g_opt, G, cfg.lr, cfg)
@@ -649,9 +649,9 @@ def train(cfg, images, labels, out, device):
     conditions = condition(labels, cfg.heads)           # (n, K)
     fixed_z = draw_z(64, cfg, device)
     fixed_c = conditions[torch.randint(len(images), (64,), device=device)]
-    parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D)
+    log = data.Log(out, cfg.steps)
+    parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D, log=log)
     start = data.restore(parts, out / "last.pt", cfg, FREE, device)
-    log = data.Log(out, cfg.steps, start)
     if start < cfg.steps:                               # samples of the network as it was
         for name in ("samples.npy", "labels.npy"):
             (out / name).unlink(missing_ok=True)
@@ -730,7 +730,7 @@ def train(cfg, images, labels, out, device):
         if step % cfg.sample_every == 0 or step in (1, cfg.steps):
             if cfg.ema:
                 refresh(G_ema, conditions, cfg, device)
-            data.save(data.grid(sample(G_ema, fixed_z, fixed_c), 8), out / f"{step:06d}.png")
+            data.save(data.grid(sample(G_ema, fixed_z, fixed_c), 8), log.grid(step))
             data.save_checkpoint(out / "last.pt", parts, step, cfg)
     return G_ema, D, log
 
@@ -850,7 +850,8 @@ def evaluate(cfg, G, D, log, source, out, device):
 
 def main(argv=None):
     """The command line."""
-    preset, changes = data.arguments(GANConfig, argv, PRESETS, hide={"preset", "channels", "heads"})
+    preset, changes = data.arguments(GANConfig, argv, {name: config(name) for name in PRESETS},
+                                      hide={"preset", "channels", "heads"})
     cfg = config(preset, **changes)
     data.at_least(1, cfg, "z", "h", "d_steps", "penalty_every", "log_every", "sample_every")
     data.at_least(0, cfg, "d_h", "clip", "gp", "r1", "r2", "d_lr", "beta1", "beta2", "ema", "steps",
