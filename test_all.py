@@ -771,56 +771,50 @@ def test_fid_golden(numbers):
     assert textbook.item() == approx(wanted[0], rel=1e-5)
 
 
-@parametrize("n, m", [(300, 300), (300, 40), (30, 300), (30, 40)])
+@parametrize("n, m", [(300, 300), (300, 40), (30, 40)])
 def test_fid_root_and_textbook(n, m):
-    """R R = S at full rank 64 and below; fid equals the textbook's, and with singular covariances
-    the sum of the singular values of X Y^T, X and Y centred; and a shift."""
+    """R R = S at full rank 64 and below; fast and textbook agree at all ranks; and a shift."""
     x, y = torch.from_numpy(feats(1, n, 64, 0)), torch.from_numpy(feats(2, m, 64, .1))
     S = x.T.cov()
     assert_close(fid.sqrtm(S) @ fid.sqrtm(S), S)
-    assert fid.fid(x, y) == approx(fid.fid_textbook(x, y).item(), rel=1e-4)
-    X, Y = [(t - t.mean(0)) / (len(t) - 1) ** .5 for t in (x, y)]
-    d2 = (x.mean(0) - y.mean(0)).square().sum() + X.square().sum() + Y.square().sum()
-    assert fid.fid(x, y) == approx((d2 - 2 * torch.linalg.svdvals(X @ Y.T).sum()).item(), rel=1e-9)
+    assert fid.fid(x, y) == approx(fid.fid_textbook(x, y).item(), rel=1e-5) == fid.fid(y, x)
     assert fid.fid(x, x.flip(0) + 2) == approx(4 * 64)
-    assert fid.fid(x[:, :1], 3 * x[:, :1]) == approx(4 * (S[0, 0] + x[:, 0].mean() ** 2).item())
     assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 99) == (0, 0)
     z = torch.tensor([[0.], [1]]).double()          # k is 1, 1, 8: 1 + 1 - 2 (1 + 1 + 1 + 8) / 4
     assert fid.kid(z, z) == approx(-3.5)
 
 
+GOLDEN_INCEPTION = """43 2 3 32 32 0 .01020453 .7375337 1.778163 .4555272 6.242733 .03604679 \
+.1095517 .4477755 .508098 .05997793 .5400127
+75 1 3 64 48 0 .003345659 .00910967 .5330078 .7981241 .4485522 1.789897 .5010987 .735085 \
+.07209809 0 .5629397
+310 1 3 299 299 0 .05636128 .03678215 .9889803 1.100866 .6516264 2.230731 .5824723 1.408158 \
+.1507813 0 .8587762
+411 1 3 400 350 0 .004076251 .01716496 .6325228 .9626039 .4840534 1.870847 .4794687 .8821393 \
+.08591026 0 .6378217"""              # seed and shape of the pictures, a dozen of their features
+
+
 def test_fid_inception_golden():
-    """Names, shapes, count and features of the published network, read without
-    num_batches_tracked. The features come from independent code."""
+    """Names, shapes, count and, against independent code, features of the published network, read
+    without num_batches_tracked."""
     net = fid.Inception()
     shapes = {key: value.shape for key, value in net.state_dict().items()}
     assert digest(shapes) == "8cdd2faeb41211e17f0fb47e66168d0cb1f981aa773b5f44e5b9cc93857fe492"
     assert count(net) == 23_850_960
     shapes = {key: shape for key, shape in shapes.items() if "num_batches" not in key}
     net.load_published({key: torch.from_numpy(a) for key, a in recipe(shapes, 11).items()})
-    for (seed, *shape), norm, values in [
-            ((43, 2, 3, 32, 32), 63.77263, "0 .01020453 .7375337 1.778163 .4555272 6.242733 "
-             ".03604679 .1095517 .4477755 .508098 .05997793 .5400127"),
-            ((75, 1, 3, 64, 48), 47.08028, "0 .003345659 .00910967 .5330078 .7981241 .4485522 "
-             "1.789897 .5010987 .735085 .07209809 0 .5629397"),
-            ((310, 1, 3, 299, 299), 62.08757, "0 .05636128 .03678215 .9889803 1.100866 .6516264 "
-             "2.230731 .5824723 1.408158 .1507813 0 .8587762"),
-            ((411, 1, 3, 400, 350), 50.08365, "0 .004076251 .01716496 .6325228 .9626039 .4840534 "
-             "1.870847 .4794687 .8821393 .08591026 0 .6378217")]:
-        pictures = np.random.RandomState(seed).randint(0, 256, shape)
-        h = net.features(torch.from_numpy(pictures).byte())
-        assert h.norm().item() == approx(norm, rel=1e-5)
-        assert_close(dozen(h), torch.tensor([float(v) for v in values.split()]),
-                     atol=1e-5 * norm, rtol=0)
+    for row in GOLDEN_INCEPTION.split("\n"):
+        numbers = [float(word) for word in row.split()]
+        seed, *shape = map(int, numbers[:5])
+        x = np.random.RandomState(seed).randint(0, 256, shape)
+        h = dozen(net.features(torch.from_numpy(x).byte()))
+        assert_close(h, torch.tensor(numbers[5:]), atol=2e-4, rtol=0)
 
 
 def test_fid_disturb():
-    """Each kind against its formula: max(x, 16), min(x, 239), half the contrast, sigma 0.1, mean of
-    5 x 5."""
+    """Each kind against its formula: max(x, 16), sigma 0.1, mean of 5 x 5."""
     x = data.to_float(images(500, 1, 8))
     assert torch.equal(data.to_uint8(fid.disturb(x, 1, .4)), data.to_uint8(x).clamp(min=16))
-    assert torch.equal(data.to_uint8(fid.disturb(x, 2, .4)), data.to_uint8(x).clamp(max=239))
-    assert_close(fid.disturb(x, 3, 1.), x / 2)
     assert .19 < fid.disturb(0 * x, 4, .5).std() < .21
     assert_close(fid.disturb(x, 5, 1.)[0, 0, 3, 3], x[0, 0, 1:6, 1:6].mean())
 
@@ -834,37 +828,31 @@ def test_fid_pretext_can_be_undone(monkeypatch):
         assert torch.equal(b.roll(-order, 0).rot90(-turn, (1, 2)), a)
 
 
-@parametrize("name, size, kinds", [("digits", 32, (1, 2, 4, 5)), ("faces-a", 64, (1, 2, 3, 4, 5))])
-def test_fid_neighbours(name, size, kinds):
+@parametrize("name, size", [("digits", 32), ("faces-a", 64)])
+def test_fid_neighbours(name, size):
     """Training pictures, slightly disturbed too, are copies; held-out pictures, sharp or soft, are
-    not; a tenth of copies reads 0.1; one picture drawn over and over is a twin."""
+    not. One picture drawn over and over is a twin. Held-out pictures that stand in the training
+    set, or twice, are left out, and where fewer than 20 are left nothing is counted."""
     train, test = [load(name, size, split)[0] for split in ("train", "test")]
     held_out, fake = test[::2], test[1::2]
     n = len(fake)
-    for kind in kinds:
-        copies = data.to_uint8(fid.disturb(data.to_float(train[:n]), kind, .2))
-        soft = data.to_uint8(fid.disturb(data.to_float(fake), kind, .2))
-        assert fid.neighbours(train, held_out, copies, "n.png")["copied"] > .9, kind
-        assert fid.neighbours(train, held_out, soft, "n.png")["copied"] < .1, kind
-    few = fid.neighbours(train, held_out, torch.cat([fake[n // 10:], train[:n // 10]]), "n.png")
-    assert few["copied"] == approx(.1, abs=.05) and few["twins"] < .1
-    assert fid.neighbours(train, held_out, fake[:1].expand(n, -1, -1, -1), "n.png")["twins"] > .9
-    assert Image.open("n.png").height > 3 * size
 
+    def found(x, held_out=held_out):
+        return fid.neighbours(train, held_out, x, "n.png")
 
-def test_fid_neighbours_counts_only_what_it_can():
-    """Held-out pictures that stand in the training set, or twice, are left out, and where fewer
-    than 20 are left nothing is counted; the sheet is written all the same."""
-    train, test = images(100), images(30)
-    few = fid.neighbours(train, torch.cat([test[:19], test[:19], train[:50]]), test, "few.png")
-    assert few["copied"] is few["twins"] is None and Path("few.png").exists()
-    r = fid.neighbours(train, torch.cat([test, test[:9], train[:50]]), train, "n.png")
-    assert r["held_out"] == 30 and r["copied"] == 1 and r["spread"] == approx(1, abs=.05)
-    assert fid.alarms(r | dict(twins=.05)) == "; copied 100%" and fid.alarms(few) == ""
-    distance, index = fid.nearest(test, torch.cat([train.repeat(30, 1, 1, 1), test]))
-    assert torch.equal(index, 3000 + torch.arange(30)) and distance.max() == 0
-    assert fid.excess(torch.arange(100.), torch.arange(100.)) == 0
-    assert fid.excess(torch.arange(-10, 90.), torch.arange(100.)) == approx(.09 / .95, abs=.01)
+    for kind in (0, 1, 2, 4, 5):
+        x = data.to_uint8(fid.disturb(data.to_float(torch.cat([train[:n], fake])), kind, .2))
+        assert found(x[:n])["copied"] > .9 and found(x[n:])["copied"] < .1
+    a_tenth = found(torch.cat([fake[n // 10:], train[:n // 10]]))
+    assert a_tenth["copied"] == approx(.1, abs=.05) and a_tenth["twins"] < .1
+    twins = found(fake[:1].expand(n, -1, -1, -1), torch.cat([held_out, held_out, train[:50]]))
+    assert twins["held_out"] == n and fid.alarms(twins) == "; twins 100%"
+    few = found(train, torch.cat([held_out[:19], held_out[:19], train[:50]]))
+    assert few["copied"] is few["twins"] is None and fid.alarms(few) == ""
+    with mock.patch.object(data, "sheet") as sheet:
+        found(torch.cat([fake[:20], train[-20:]]))
+    (x, copy, twin), *_ = sheet.call_args.args              # the closest first
+    assert torch.equal(x, copy) and not (twin == x).flatten(1).all(1).any()
 
 
 def test_fid_classifier_learns_and_is_kept(monkeypatch, capsys):
@@ -890,22 +878,18 @@ def test_fid_classifier_learns_and_is_kept(monkeypatch, capsys):
 
 
 def test_fid_stacked_is_the_digits_classifier_three_times():
-    """Features side by side, label 100 red + 10 green + blue, the confidences multiplied; modes as
-    in the literature, and KL against the uniform distribution."""
-    one = fid.classifier("digits", 32)
-    net = fid.classifier("stacked-digits", 32)
+    """Features side by side, label 100 red + 10 green + blue, confidences multiplied; every
+    predicted class is a mode; KL is ln 1000 where all samples are of one class."""
+    one, net = [fid.classifier(name, 32) for name in ("digits", "stacked-digits")]
     x, y, classes = load("stacked-digits", 32, "test")
-    channels = [one.predict(x[:, i:i + 1]) for i in range(3)]
-    (red, p), (green, q), (blue, r) = channels
+    x, y = x[:2000], y[:2000]
     seen, sure = net.predict(x)
-    assert torch.equal(seen, 100 * red + 10 * green + blue)
-    assert_close(sure, p * q * r)
+    digits, each = zip(*[one.predict(x[:, i:i + 1]) for i in range(3)])
+    assert torch.equal(seen, 100 * digits[0] + 10 * digits[1] + digits[2])
+    assert_close(sure, each[0] * each[1] * each[2])
     assert_close(net.features(x[:9])[:, 128:256], one.features(x[:9, 1:2]))
-    assert net.accuracy == [(seen == y).double().mean().item()] and "stacked-digits" in net.name
-    result = fid.count(net, x, y, classes)
-    share = seen.bincount() / len(seen)
-    assert result["modes"] == len(seen.unique())
-    assert result["KL"] == approx((share * (share * 1000).log()).nansum().item(), abs=1e-3)
+    assert net.accuracy == [(seen == y).double().mean().item()]
+    assert fid.count(net, x, y, classes)["modes"] == len(seen.unique())
     assert fid.count(net, x[:1], y, classes)["KL"] == approx(math.log(1000))
 
 
@@ -958,32 +942,24 @@ def test_fid_arrays(axis):
     np.save("a.npy", x.movedim(1, axis))
     np.save("grey.npy", x[:, 0])
     assert torch.equal(fid.array("a.npy"), x) and torch.equal(fid.array("grey.npy"), x[:, :1])
+    os.truncate("a.npy", 999)
+    with refused(match="greater than file size"):           # its header could claim petabytes
+        fid.array("a.npy")
 
 
-X = np.random.RandomState(0).randint(0, 256, (9, 8, 8, 3)).astype(np.uint8)
+X = np.arange(9 * 192).reshape(9, 8, 8, 3).astype(np.uint8)
 
 
 @parametrize("x, says", [
     (X / 255, "(x * 255).round()"), (X / 127.5 - 1, "((x + 1) * 127.5).round()"),
-    (X.astype(float), "(x).round()"), (X > 9, "(x * 255).round()"), (X[0], "x[None]"),
-    (np.uint8(3), "shape ()"), (X[:0], "zero-size"), (np.array([X, None], object), "objects"),
-    (X[..., [0, 1, 2, 0]], "x[..., :3]"), (X.reshape(9, -1), "x.reshape"), ({"a": X}, "['a']")])
+    (X / 1., "(x).round()"), (X > 9, "(x * 255)"), (X[0], "x[None]"), (X[:0], "zero-size"),
+    (X[..., [0, 1, 2, 0]], "x[..., :3]"), (X.reshape(9, -1), "x.reshape"), (X[0, 0, 0, 0], "()"),
+    (np.array([None]), "objects"), ({"a": X}, "['a']")])
 def test_fid_arrays_say_how_to_convert_them(x, says):
-    """The expression that is named gives uint8 from 0 to 255; an .npz under either name; a header
-    that claims more than the file holds."""
+    """An .npz under another name, too."""
     with open("a.npy", "wb") as f:
         np.savez(f, **x) if isinstance(x, dict) else np.save(f, x)
-    with refused(match=re.escape(says)) as refusal:
-        fid.array("a.npy")
-    how = re.search("it with (.*)", str(refusal.value))
-    if how:
-        y = eval(how[1], {"x": x})
-        assert y.dtype == np.uint8 and np.array_equal(y, 255 * x if x.dtype == bool else X)
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        head, dict(descr="|u1", fortran_order=False, shape=(1 << 40, 8, 8, 3)))
-    Path("a.npy").write_bytes(head.getvalue() + bytes(100))
-    with refused(match="greater than file size"):
+    with refused(match=re.escape(says)):
         fid.array("a.npy")
 
 
@@ -991,16 +967,14 @@ def test_fid_words():
     """An existing path wins, a colon starts a split only before train, test or all; photographs are
     read no larger than what the features look at, and the digits at that side."""
     assert fid.split_of("mnist:test") == ("mnist", "test")
-    for word in ("run 10:30", "C:\\photos", "digits:tset", "digits"):
-        assert fid.split_of(word) == (word, "train")
+    assert fid.split_of("run 10:30") == ("run 10:30", "train")
     Path("odd:test").mkdir()
     assert fid.split_of("odd:test") == ("odd:test", "train")
     for i in range(20):
         data.save(Image.new("L", (70, 50 + i), 12 * i), f"photos/{i}.png")
     assert fid.source("photos/", 299, fid.Inception).shape == (20, 3, 50, 50)
     said = run("fid.py digits photos/")
-    assert "digits: 2,000 pictures 1 x 32 x 32" in said and "put Inception's weights" in said
-    assert "at downloads/pt_inception" in said.replace(str(data.DOWNLOADS), "downloads")
+    assert "1 x 32 x 32" in said and f"at {data.DOWNLOADS}/pt_inception" in said
     assert "photos/0.png is one picture: name a folder" in run("fid.py photos/0.png x", code=2)
 
 
