@@ -1,36 +1,41 @@
-"""fid.py: FID, KID, precision and recall of generated pictures, the matrix square root by hand.
+"""fid.py: FID, KID, precision and recall of generated pictures; do they copy the training set?
 
-    python fid.py mnist:test out/dcgan          real first: a data set, folder, run or .npy
+    python fid.py mnist:test out/dcgan          real first: a data set, a folder, a run or an .npy
     python fid.py out/dcgan                     a run against its own training pictures
-    python fid.py sanity --data mnist           what these numbers see of what an eye sees
+    python fid.py sanity --data mnist           how these numbers react to spoiled pictures
 
-A network turns each picture into d features; a Gaussian N(mu, S) is fitted to the features of
-either set; FID is the squared Frechet distance of the two (Heusel 2017, eq. 6):
+A network turns each picture into d features. A Gaussian N(mu, S) is fitted to the features of the
+real and of the generated pictures, and the FID is the squared Frechet distance of the two (Heusel
+2017, eq. 6):
 
     d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2
 
-fid_textbook is this line. fid is the same number faster: only the trace of the root is wanted, the
-sum of the roots of the eigenvalues of S1 S2. Take any F1, F2 with S1 = F1 F1^T, S2 = F2 F2^T. AB
-and BA share their non-zero eigenvalues, so those of S1 S2 = F1 (F1^T F2 F2^T) are those of
-(F1^T F2 F2^T) F1 = A A^T with A = F1^T F2, and their roots are the singular values of A:
+fid_textbook is this line. fid computes the same number faster, because it needs only the trace of
+the root, which is the sum of the roots of the eigenvalues of S1 S2. Take any A with S1 = A A^T. A
+product and the product in the other order have the same non-zero eigenvalues, so those of S1 S2 =
+A (A^T S2) are those of
 
-    tr (S1 S2)^1/2 = sum of the singular values of F1^T F2
+    A^T S2 A
 
-No inverse, no epsilon, so singular covariances are as good as others. The centred features are such
-an F, and so is the triangle of their QR decomposition, which is small where there are many.
+which is symmetric, so that its eigenvalues are real, not negative, and quick to compute. A is the
+triangle of the Cholesky decomposition of S1. A singular S1 has none: then A consists of the
+eigenvectors of S1, each times the root of its eigenvalue, and those whose eigenvalue is 0 are left
+out. S1 and S2 may change places, and the one with the lower rank gives A. So singular covariances
+need no epsilon on the diagonal.
 
-Which network? The published Inception if it can be had: its FIDs compare with the papers' at equal
-n. Else a small classifier trained here on the data set itself: its FIDs compare with each other. It
-is trained on pictures with lifted background, less contrast, noise, blur and shifts, so that a
-veil that an eye hardly sees is no catastrophe to it, and is still seen. Without labels it guesses
-turns, colours, disturbances, and which picture it is.
+Which network? Inception with the published weights, if they can be had: its FIDs compare with those
+of papers at equal numbers of pictures (see Inception for what "published" means). Otherwise a small
+classifier, trained here on the data set itself: its FIDs compare only with each other. It is
+trained on pictures with lifted blacks, lowered whites, less contrast, noise, blur and shifts, so
+that slight changes of this kind raise the FID a little, not enormously. Where there are no labels
+it learns to predict turns, exchanged channels, disturbances, and which picture it is.
 
-Measured, one thread of an AMD EPYC, processor time, torch 2.13; of classifiers:
-    python fid.py sanity --data mnist        trained in 52 s; 99.35% of the test pictures right
-    python fid.py sanity --data emoji-apple  floor 0.81; noise of sigma 0.12: 32 floors; a share of
-                                             0.6 with channels exchanged: 13, or one picture: 31
+Error bar: classifiers that differ only in their seed, as on two machines, give FIDs of one trained
+generator that differ by 6 to 10% (three seeds, MNIST and emojis; 2,000 pictures). On one machine
+the classifier is kept in a file, so there an FID repeats.
 """
 import json
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +52,11 @@ from data import need
 
 @dataclass
 class FIDConfig:
-    """What is measured. A field is a flag and its comment the flag's help."""
-    sources: tuple = ()     # real, generated: data set[:split], folder, run or .npy; or sanity
+    """What is measured. Each field is a flag, and its comment is the flag's help."""
+    sources: tuple = ()     # REAL GENERATED: each a data set[:split], folder, run, .npy; or sanity
     features: Literal["auto", "inception", "classifier"] = "auto"   # auto: inception if it is there
-    data: str = ""          # data set whose classifier gives features; empty: the real one's
-    n: int = 0              # at most so many generated pictures; 0: all, 5000 for sanity
+    data: str = ""          # data set whose classifier gives the features; empty: that of REAL
+    n: int = 0              # at most so many generated pictures; 0 means all, for sanity 5000
     device: str = "auto"    # auto, cuda, mps, cpu
     json: int = 0           # 1: the last line is one JSON object
 
@@ -59,18 +64,18 @@ class FIDConfig:
 # ---- the lecture's FID ---------------------------------------------------------------------------
 
 def sqrtm(a):
-    """Square root of a symmetric positive semi-definite matrix (d, d): R with R R = a.
+    """Square root of a symmetric positive semi-definite matrix a (d, d): the R with R R = a.
 
-    a = V diag(w) V^T has the root V diag(w^1/2) V^T. A singular a is welcome: where rounding makes
-    an eigenvalue -1e-17 it counts as 0. An a that is not symmetric has no root of this form."""
+    a = V diag(w) V^T has the root V diag(w^1/2) V^T. a may be singular: an eigenvalue that rounding
+    has made -1e-17 counts as 0. A matrix that is not symmetric has no root of this form."""
     w, V = torch.linalg.eigh(a)
     return V @ torch.diag(w.clamp(min=0).sqrt()) @ V.T
 
 
 def fid_textbook(real, fake):
-    """FID of features (N, d) and (M, d), Heusel 2017 eq. 6, as the lecture has it -> 0-d tensor.
+    """FID of features (N, d) and (M, d) as in the lecture (Heusel 2017, eq. 6) -> 0-d tensor.
 
-    S1 S2 is not symmetric, but S1^1/2 S2 S1^1/2 is, and has the same eigenvalues."""
+    S1 S2 is not symmetric, but S1^1/2 S2 S1^1/2 is, and it has the same eigenvalues."""
     real, fake = real.double(), fake.double()
     mu1, mu2 = real.mean(0), fake.mean(0)                                   # (d,)
     S1, S2 = real.T.cov(), fake.T.cov()                                     # (d, d), with N - 1
@@ -79,87 +84,160 @@ def fid_textbook(real, fake):
     return ((mu1 - mu2) ** 2).sum() + torch.trace(S1 + S2 - 2 * root)
 
 
-# ---- the same, faster ----------------------------------------------------------------------------
+# ---- the same number, faster ---------------------------------------------------------------------
 
-def distance(mu1, F1, mu2, F2):
-    """d^2 of the header from means (d,) and factors (d, r), S = F F^T, tr S = |F|^2 -> float."""
-    root = torch.linalg.svdvals(F1.T @ F2).sum()
-    d2 = ((mu1 - mu2) ** 2).sum() + (F1 ** 2).sum() + (F2 ** 2).sum() - 2 * root
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Squared Frechet distance of two Gaussians with means (d,) and covariances (d, d), which may
+    be singular -> float. The header explains A."""
+    mu1, S1, mu2, S2 = (torch.as_tensor(t).double() for t in (mu1, sigma1, mu2, sigma2))
+    S = torch.stack([S1, S2])
+    L, pivot = torch.linalg.cholesky_ex(S)          # pivot: the first that is not positive, or 0
+    low = pivot.argmin() if pivot.all() else pivot.argmax()     # of the lower rank
+    A = L[low]                                                              # (d, d)
+    if pivot[low]:
+        w, V = torch.linalg.eigh(S[low])
+        kept = w > 1e-16 * len(w) * w[-1]           # the others are 0 but for rounding
+        A = V[:, kept] * w[kept].sqrt()                                     # (d, r)
+    w = torch.linalg.eigvalsh(A.T @ S[1 - low] @ A).clamp(min=0)            # (r,)
+    d2 = ((mu1 - mu2) ** 2).sum() + torch.trace(S1 + S2) - 2 * w.sqrt().sum()
     return d2.clamp(min=0).item()
 
 
 def fid(real, fake):
-    """Frechet distance of features (N, d) and (M, d), N, M >= 2 -> float: 0 is equal, lower is
-    better. It falls with n, so never state it without."""
-    parts = []
+    """FID of features (N, d) and (M, d), with N and M of at least 2 -> float. 0 means equal means
+    and covariances; lower is better. It falls as N and M grow, so never state it without them."""
+    gaussians = []
     for x in (real, fake):
         x = torch.as_tensor(x).double()
-        mu = x.mean(0)
-        x = (x - mu) / (len(x) - 1) ** .5                                   # x^T x = S
-        if len(x) > x.shape[1]:
-            x = torch.linalg.qr(x, mode="r").R                              # (d, d): R^T R = S too
-        parts += [mu, x.T]
-    return distance(*parts)
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians: means (d,), covariances (d, d) -> float.
-
-    At full rank F1 is Cholesky's triangle L, and the eigenvalues of A A^T = L^T S2 L take half the
-    time."""
-    mu1, S1, mu2, S2 = (torch.as_tensor(t).double() for t in (mu1, sigma1, mu2, sigma2))
-    L, singular = torch.linalg.cholesky_ex(S1)
-    if singular:
-        return distance(mu1, sqrtm(S1), mu2, sqrtm(S2))
-    w = torch.linalg.eigvalsh(L.T @ S2 @ L).clamp(min=0)
-    d2 = ((mu1 - mu2) ** 2).sum() + torch.trace(S1 + S2) - 2 * w.sqrt().sum()
-    return d2.clamp(min=0).item()
+        gaussians += [x.mean(0), x.T.cov().view(x.shape[1], -1)]
+    return frechet_distance(*gaussians)
 
 
 # ---- KID, precision and recall -------------------------------------------------------------------
 
 def kernel(x, y):
-    """k(a, b) = (a . b / d + 1)^3 of all rows a of x (N, d), b of y (M, d) -> (N, M)."""
+    """k(a, b) = (a . b / d + 1)^3 for each row a of x (N, d) and b of y (M, d) -> (N, M)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def kid(real, fake):
-    """Kernel distance of features (N, d), (M, d): the unbiased MMD^2 under this kernel, Binkowski
-    2018; Gretton 2012, eq. 3: without the pairs (a, a) -> float, about 0, or below, for equal sets.
-    """
+    """Kernel distance of features (N, d) and (M, d) -> float: the unbiased estimate of the squared
+    maximum mean discrepancy under this kernel (Binkowski 2018; Gretton 2012, eq. 3). It leaves out
+    the pairs (a, a), so for two samples of one distribution it is about 0 and may be negative."""
     x, y = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
     mmd = -2 * kernel(x, y).mean()
     for a in (x, y):
-        aa = kernel(a, a).fill_diagonal_(0)                                 # (N, N)
-        mmd += aa.sum() / (len(a) * (len(a) - 1))
+        aa = kernel(a, a)                                                   # (N, N)
+        mmd += (aa.sum() - aa.trace()) / (len(a) * (len(a) - 1))
     return mmd.item()
 
 
 def covered(x, y, k):
-    """Share of the rows of y (M, d) that lie no further from some row of x (N, d) than that row's
-    k-th neighbour in x."""
-    radius = torch.cdist(x, x).kthvalue(k + 1).values                       # (N,); 1st: itself
+    """Share of the rows of y (M, d) that lie within the radius of some row of x (N, d). The radius
+    of a row is the distance to its k-th nearest neighbour in x."""
+    radius = torch.cdist(x, x).kthvalue(k + 1).values       # (N,); the first is the row itself
     return (torch.cdist(y, x) <= radius).any(1).double().mean().item()
 
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall of features (N, d), (M, d), Kynkaanniemi 2019, sec. 2 -> two
-    floats in [0, 1]: the share of fakes within the k-th-neighbour radius of some real picture, and
-    the share of real ones within that of some fake."""
+    """Improved precision and recall of features (N, d) and (M, d) (Kynkaanniemi 2019, sec. 2) ->
+    two floats in [0, 1]. Precision is the share of fakes within the k-th-neighbour radius of some
+    real picture; recall is the share of real pictures within that of some fake."""
     x, y = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
     return covered(x, y, k), covered(y, x, k)
 
 
-# ---- what an eye hardly minds, or does -----------------------------------------------------------
+# ---- copies and twins ----------------------------------------------------------------------------
+
+def nearest(x, y):
+    """For each picture of x (N, ...) the nearest of y (M, ...): the distance, root mean square over
+    the pixels, (N,), and its index (N,). If x is y, the nearest other one, of at most 2,000."""
+    a = x.flatten(1).float()                                                # (N, pixels)
+    best = torch.full((len(x),), torch.inf)
+    index = torch.zeros(len(x)).long()
+    for start in range(0, len(y), 2000):                # a part of y at a time: bounded memory
+        distance = torch.cdist(a, y[start:start + 2000].flatten(1).float())
+        if x is y:
+            distance.fill_diagonal_(torch.inf)
+        value, i = distance.min(1)
+        index[value < best] = start + i[value < best]
+        best = best.minimum(value)
+    exact = [(p.float() - q.float()).square().mean() for p, q in zip(x, y[index])]
+    return torch.stack(exact).sqrt(), index             # cdist rounds: equal pictures are not at 0
+
+
+def excess(distance, held_out):
+    """Share of the distances (N,) that are shorter than 95% of those of held-out pictures (M,),
+    less the 5% that chance gives, over 0.95 -> float from 0, by chance, to 1."""
+    threshold = held_out.quantile(.05, interpolation="lower")
+    share = (distance < threshold).double().mean().item()
+    return max(0., (share - .05) / .95)
+
+
+LEAST = 20                          # at least so many held-out pictures give a threshold
+ALARM = .1                          # healthy runs had at most 0.02 of `copied` and of `twins`
+
+
+def neighbours(train, test, fake, path):
+    """Does G copy its training set, or draw one picture again and again? uint8 (N, C, S, S) each.
+
+    Writes a sheet to `path`: fakes, the nearest training picture of each, its nearest other fake;
+    the closest first. Returns a dict. copied: the excess (see there) of the fakes that lie nearer
+    to a training picture than held-out pictures do: 0 for held-out pictures, 1 for training
+    pictures, 0.1 where a tenth of the fakes are copies. Compare Meehan 2020 (arXiv 2004.05675).
+    twins: the same with the distance to the nearest other fake and to the nearest other held-out
+    picture, among as many. Pale pictures lie nearer to each other, so the contrast of the fakes is
+    first scaled, at most doubled, towards the spread of the held-out pictures: their root mean
+    square distance from the mean picture. Compare Arora 2018, who count such pairs.
+
+    At most 2,000 fakes and as many held-out pictures are compared. Held-out pictures that stand in
+    the training set as well (17 of the 100 Apple emojis) are left out, and what stands in the
+    held-out set twice counts once. Where fewer than LEAST are left, both numbers are None."""
+    train = train.cpu()
+    fake = fake[:2000].cpu()
+    test = shuffled(torch.unique(test.cpu(), dim=0))[:2000]
+    near, copy = nearest(fake, train)
+    _, twin = nearest(fake, fake)
+    first = near.argsort()[:12]
+    data.sheet([fake[first], train[copy[first]], fake[twin[first]]], path,
+               ["generated", "nearest training picture", "nearest other generated one"])
+    distance, _ = nearest(test, train)
+    test, distance = test[distance > 0], distance[distance > 0]
+    n = min(len(test), len(fake))
+    result = dict(copied=None, twins=None, held_out=n)
+    if n < LEAST:
+        print(f"copies   not counted: {n} held-out pictures are left that do not stand in the "
+              f"training set, {LEAST} are wanted")
+        return result
+    test = test[:n].float()
+    spread = fake.float().std(0).norm() / test.std(0).norm()
+    fake = fake / spread.clamp(min=.5)
+    twins = [nearest(part, part)[0] for part in fake.split(n) if len(part) == n]
+    result |= dict(copied=excess(near, distance), spread=spread.item(),
+                   twins=excess(torch.cat(twins), nearest(test, test)[0]))
+    print(f"copies   copied {result['copied']:.2f}, twins {result['twins']:.2f}, spread "
+          f"{spread:.2f} of that of {n:,} held-out pictures")
+    return result
+
+
+def alarms(result):
+    """What a headline says of the dict of `neighbours`: names and shares of those over ALARM."""
+    shares = [(name, result[name]) for name in ("copied", "twins")]
+    return "".join(f"; {name} {share:.0%}" for name, share in shares if share and share > ALARM)
+
+
+# ---- disturbances --------------------------------------------------------------------------------
 
 KINDS = ("none", "lifted", "lowered", "contrast", "noise", "blur")
 
 
 def disturb(x, kind, strength):
-    """Pictures (N, C, S, S) in [-1, 1], each disturbed in its kind (N,), an index of KINDS, by its
-    strength (N,) in [0, 1], or one number for all. At strength 1 black is lifted to 40 of 255,
-    white lowered to 215, contrast halved, noise of sigma 0.2 of the range added, or each pixel is
-    the mean of 5 x 5."""
+    """Disturbs pictures (N, C, S, S) in [-1, 1] -> the same shape and range.
+
+    kind: an index into KINDS, and strength: a number in [0, 1], either one for each picture (N,) or
+    one for all. At strength 1 black is lifted to level 40 of 255, white is lowered to 215, the
+    contrast is halved, noise with a sigma of 0.2 of the range is added, or each pixel becomes the
+    mean of the 5 x 5 around it."""
     s = torch.as_tensor(strength).view(-1, 1, 1, 1)
     bound = 1 - s * 80 / 255
     blurred = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
@@ -180,12 +258,14 @@ def conv_block(i, o, kernel=1, stride=1, padding="same"):
 
 
 class Classifier(nn.Module):
-    """Small CNN: pictures (C, size, size) -> 128 features -> logits, a head a kind of label.
+    """Small CNN: pictures (C, size, size) -> 128 features -> logits, one head per kind of label.
 
-    heads: (10,) for ten classes, (12, 11) for hair and eyes."""
+    heads: the number of classes of each head, (10,) for digits, (12, 11) for hair and eyes.
+    accuracy: the share of the test pictures that each head labels correctly, or ()."""
     name = "classifier trained here"
-    scale = "compares with FIDs of this very classifier only, not with Inception's"
+    scale = "compares only with FIDs of this classifier, not with Inception's"
     accuracy = ()
+    strict = 1                      # see count
 
     def __init__(self, channels, size, heads):
         super().__init__()
@@ -206,7 +286,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, sum(heads))
 
     def forward(self, x):
-        """Floats (N, C, size, size) in [-1, 1] -> logits [(N, k), ...], one tensor a head."""
+        """Floats (N, C, size, size) in [-1, 1] -> logits [(N, k), ...], one tensor per head."""
         return self.head(self.body(x)).split(self.heads, dim=1)
 
     @torch.no_grad()
@@ -222,8 +302,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, images):
-        """uint8 (N, C, H, W) -> labels (N,) as the data set numbers them, 11 * hair + eyes for
-        faces, and confidence (N,) in [0, 1], both on the CPU."""
+        """uint8 (N, C, H, W) -> labels (N,) as the data set numbers them, for faces 11 * hair +
+        eyes, and confidence (N,), the probability of that label in [0, 1]; both on the CPU."""
         h = self.features(images).to(self.head.weight.device)
         label = 0
         sure = 1.
@@ -234,7 +314,7 @@ class Classifier(nn.Module):
         return label, sure
 
     def attributes(self, images):
-        """uint8 (N, C, H, W) -> labels (N,), one tensor a head: (hair, eyes)."""
+        """uint8 (N, C, H, W) -> labels (N,), one tensor per head: (hair, eyes)."""
         label, _ = self.predict(images)
         return torch.unravel_index(label, self.heads)
 
@@ -247,9 +327,12 @@ def check_images(images, channels):
 
 
 def pretext(x, i):
-    """What to guess where there are no labels. Pictures (N, 3, S, S) in [-1, 1], number i (N,) of
-    their set -> the same, turned (Gidaris 2018), with channels exchanged, disturbed; and which of 4
-    turns, 3 orders, 6 kinds (weak: none) and which picture i it is (Dosovitskiy 2014), 4 x (N,)."""
+    """What a classifier predicts where the pictures have no labels.
+
+    x: pictures (N, 3, S, S) in [-1, 1]; i: their numbers in the data set (N,). Returns the pictures
+    turned (Gidaris 2018), with exchanged channels and disturbed; and four labels (N,): which of 4
+    turns, which of 3 orders of the channels, which of 6 kinds of disturbance (a weak one counts as
+    none), and which picture i it is (Dosovitskiy 2014)."""
     turn, order, kind = [torch.randint(k, (len(x),)) for k in (4, 3, 6)]
     triples = zip(x, turn.tolist(), order.tolist())
     x = torch.stack([picture.rot90(t, (1, 2)).roll(o, 0) for picture, t, o in triples])
@@ -258,16 +341,17 @@ def pretext(x, i):
 
 
 def augment(x):
-    """Pictures (N, C, S, S) in [-1, 1], moved by up to 2 pixels around the edge, and disturbed."""
+    """Pictures (N, C, S, S) in [-1, 1], shifted by up to 2 pixels (what leaves at one edge comes
+    back at the other) and disturbed."""
     x = x.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
     return disturb(x, torch.randint(6, (len(x),)), torch.rand(len(x)))
 
 
-STEPS = 2000                        # of a classifier's training
+STEPS = 2000                        # training steps of a classifier
 
 
 def train_classifier(net, images, labels):
-    """Trains net on uint8 images (N, C, size, size) and labels (N,), or None: the pretext."""
+    """Trains net on uint8 images (N, C, size, size) and labels (N,), or None for the pretext."""
     device = net.head.weight.device
     optimiser = torch.optim.AdamW(net.parameters())
     for step in range(1, STEPS + 1):
@@ -279,7 +363,7 @@ def train_classifier(net, images, labels):
         else:
             x = augment(x)
             y = torch.unravel_index(labels[i], net.heads)    # 11 * hair + eyes
-        loss = 0.                           # each head's share of it begins at about 1
+        loss = 0.                           # each head's part starts at about 1
         with data.autocast(-1, device):
             for logits, part in zip(net(x.to(device)), y):
                 loss += F.cross_entropy(logits, part.to(device)) / np.log(logits.shape[1])
@@ -292,10 +376,14 @@ def train_classifier(net, images, labels):
 
 
 def classifier(name, size, device="cpu"):
-    """The Classifier of a data set or folder at a size: from DOWNLOADS/classifiers, or trained now.
+    """The Classifier of a data set or folder for pictures of size x size: read from
+    DOWNLOADS/classifiers, or trained now and kept there. Of stacked digits: see Stacked.
 
-    Heads: the classes; hair (12) and eyes (11) of faces; accuracy is the share of the test split
-    that each has right. Without labels they are the pretext's, and there is no accuracy."""
+    Its heads are the classes, for faces hair (12) and eyes (11), and without labels those of the
+    pretext, which have no accuracy."""
+    if name.startswith("stacked"):
+        digits = "mnist" if name == "stacked" else "digits"
+        return Stacked(classifier(digits, size, device), name)
     images, labels, classes = data.load(name, size, "train")
     heads = (len(classes),)
     if classes == data.FACES:
@@ -303,11 +391,12 @@ def classifier(name, size, device="cpu"):
     elif not classes:
         labels = None
         heads = (4, 3, 6, min(len(images), 4096))
-    tag = f"{Path(name).name}-{size}"               # count and sum tell sets apart; v2: how trained
+    tag = f"{Path(name).name}-{size}"           # number and sum of the pictures tell sets apart;
+                                                # v2 is the version of the training
     path = data.DOWNLOADS / f"classifiers/{tag}-{len(images)}-{images.sum()}-v2.pt"
     with torch.random.fork_rng():                       # the caller's random numbers stay
         torch.manual_seed(0)
-        net = Classifier(images.shape[1], size, heads).to(device, memory_format=torch.channels_last)
+        net = data.place(Classifier(images.shape[1], size, heads), device)
         net.name = f"classifier-{tag}"
         net.data = name
         net.background = images[..., [0, -1]].median().item()
@@ -325,6 +414,40 @@ def classifier(name, size, device="cpu"):
     return net
 
 
+class Stacked:
+    """The classifier of one digit, applied to each channel of stacked digits. It has the interface
+    of a Classifier, with 3 x 128 features and labels 0 .. 999."""
+    scale = Classifier.scale
+    channels = 3
+    strict = 0
+
+    def __init__(self, net, name):
+        self.net = net
+        self.data = name
+        self.name = f"classifier-{name}"
+        self.size = net.size
+        self.background = net.background
+        x, y, _ = data.load(name, net.size, "test")
+        right = self.predict(x[:2000])[0] == y[:2000]
+        self.accuracy = [right.double().mean().item()]
+
+    def features(self, images):
+        """uint8 (N, 1 or 3, H, W) -> float32 (N, 384) on the CPU."""
+        return self.net.features(one_by_one(images)).view(-1, 384)
+
+    def predict(self, images):
+        """uint8 (N, 1 or 3, H, W) -> labels 100 red + 10 green + blue (N,), and confidence (N,),
+        the product of the three; both on the CPU."""
+        digits, sure = self.net.predict(one_by_one(images))                 # (3 N,)
+        return digits.view(-1, 3) @ torch.tensor([100, 10, 1]), sure.view(-1, 3).prod(1)
+
+
+def one_by_one(images):
+    """uint8 (N, 1 or 3, H, W) -> the channels as grey pictures (3 N, 1, H, W)."""
+    check_images(images, 3)
+    return images.expand(-1, 3, -1, -1).flatten(0, 1)[:, None]
+
+
 # ---- Inception v3, the published network of the FID ----------------------------------------------
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -334,110 +457,99 @@ WEIGHTS_URLS = [
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-" + WEIGHTS[3:],
 ]
 
-ROW = (1, 7)                        # kernels: a row, a column
-COLUMN = (7, 1)
-
-
-def block_a(pool):
-    """35 x 35: branches of pools and (name, channels, kernel, stride, padding), joined by
-    channel."""
-    return [
-        [("branch1x1", 64)],
-        [("branch5x5_1", 48), ("branch5x5_2", 64, 5)],
-        [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-        ["mean", ("branch_pool", pool)],
-    ]
-
-
-def block_c(c):
-    """17 x 17."""
-    return [
-        [("branch1x1", 192)],
-        [("branch7x7_1", c), ("branch7x7_2", c, ROW), ("branch7x7_3", 192, COLUMN)],
-        [("branch7x7dbl_1", c), ("branch7x7dbl_2", c, COLUMN), ("branch7x7dbl_3", c, ROW),
-         ("branch7x7dbl_4", c, COLUMN), ("branch7x7dbl_5", 192, ROW)],
-        ["mean", ("branch_pool", 192)],
-    ]
-
-
-def block_e(pool):
-    """8 x 8. A branch that forks is written as two with the same first layers, computed once."""
-    return [
-        [("branch1x1", 320)],
-        [("branch3x3_1", 384), ("branch3x3_2a", 384, (1, 3))],
-        [("branch3x3_1", 384), ("branch3x3_2b", 384, (3, 1))],
-        [("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3), ("branch3x3dbl_3a", 384, (1, 3))],
-        [("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3), ("branch3x3dbl_3b", 384, (3, 1))],
-        [pool, ("branch_pool", 192)],
-    ]
-
-
-# Torchvision's means count the padding, and its 7c has a mean where this one has a maximum.
+# A block is a table with one line for each branch; their outputs are joined along the channels. A
+# layer is a pool, or the name of a convolution, its output channels and its kernel; /2 is stride 2
+# without padding. A branch that forks is written as two branches with the same first layers.
+BLOCK_A = """branch1x1 64 1x1
+branch5x5_1 48 1x1, branch5x5_2 64 5x5
+branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3
+mean, branch_pool C 1x1"""
+BLOCK_B = """branch3x3 384 3x3/2
+branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3/2
+halve"""
+BLOCK_C = """branch1x1 192 1x1
+branch7x7_1 C 1x1, branch7x7_2 C 1x7, branch7x7_3 192 7x1
+branch7x7dbl_1 C 1x1, branch7x7dbl_2 C 7x1, branch7x7dbl_3 C 1x7, branch7x7dbl_4 C 7x1, \
+branch7x7dbl_5 192 1x7
+mean, branch_pool 192 1x1"""
+BLOCK_D = """branch3x3_1 192 1x1, branch3x3_2 320 3x3/2
+branch7x7x3_1 192 1x1, branch7x7x3_2 192 1x7, branch7x7x3_3 192 7x1, branch7x7x3_4 192 3x3/2
+halve"""
+BLOCK_E = """branch1x1 320 1x1
+branch3x3_1 384 1x1, branch3x3_2a 384 1x3
+branch3x3_1 384 1x1, branch3x3_2b 384 3x1
+branch3x3dbl_1 448 1x1, branch3x3dbl_2 384 3x3, branch3x3dbl_3a 384 1x3
+branch3x3dbl_1 448 1x1, branch3x3dbl_2 384 3x3, branch3x3dbl_3b 384 3x1
+C, branch_pool 192 1x1"""
+MIXED = {                           # table of each block, and what C stands for in it
+    "Mixed_5b": (BLOCK_A, "32"),                                            # 35 x 35
+    "Mixed_5c": (BLOCK_A, "64"),
+    "Mixed_5d": (BLOCK_A, "64"),
+    "Mixed_6a": (BLOCK_B, ""),                                              # 35 -> 17
+    "Mixed_6b": (BLOCK_C, "128"),
+    "Mixed_6c": (BLOCK_C, "160"),
+    "Mixed_6d": (BLOCK_C, "160"),
+    "Mixed_6e": (BLOCK_C, "192"),
+    "Mixed_7a": (BLOCK_D, ""),                                              # 17 -> 8
+    "Mixed_7b": (BLOCK_E, "mean"),
+    "Mixed_7c": (BLOCK_E, "max"),
+}
+# Two differences from torchvision's Inception v3: its mean pools count the padding, and its last
+# block has a mean pool where this one has a maximum.
 POOLS = {
     "mean": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
     "max": nn.MaxPool2d(3, 1, 1),
     "halve": nn.MaxPool2d(3, 2),
 }
-MIXED = {
-    "Mixed_5b": block_a(32),
-    "Mixed_5c": block_a(64),
-    "Mixed_5d": block_a(64),
-    "Mixed_6a": [                                                           # 35 -> 17
-        [("branch3x3", 384, 3, 2, 0)],
-        [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
-        ["halve"],
-    ],
-    "Mixed_6b": block_c(128),
-    "Mixed_6c": block_c(160),
-    "Mixed_6d": block_c(160),
-    "Mixed_6e": block_c(192),
-    "Mixed_7a": [                                                           # 17 -> 8
-        [("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2, 0)],
-        [("branch7x7x3_1", 192), ("branch7x7x3_2", 192, ROW), ("branch7x7x3_3", 192, COLUMN),
-         ("branch7x7x3_4", 192, 3, 2, 0)],
-        ["halve"],
-    ],
-    "Mixed_7b": block_e("mean"),
-    "Mixed_7c": block_e("max"),
-}
 
 
 class Mixed(nn.ModuleDict):
-    """One block from its table: i channels enter each branch, self.channels leave."""
+    """One block, built from its table: i channels come in, self.channels go out."""
 
-    def __init__(self, i, branches):
+    def __init__(self, i, table):
         super().__init__()
-        self.branches = branches
+        self.branches = []
         self.channels = 0
-        for branch in branches:
+        for branch in table.split("\n"):
             c = i
-            for layer in branch:
-                if layer not in POOLS:                      # a pool keeps the channels
-                    name, o, *shape = layer
-                    self[name] = conv_block(c, o, *shape)
+            names = []
+            for layer in branch.split(", "):
+                name, _, shape = layer.partition(" ")
+                names.append(name)
+                if name in POOLS:
+                    self[name] = POOLS[name]
+                else:
+                    o, h, w, *stride = map(int, re.findall("[0-9]+", shape))
+                    self[name] = conv_block(c, o, (h, w), *(stride and (2, 0)))
                     c = o
+            self.branches.append(names)
             self.channels += c
 
     def forward(self, x):
         out = []
-        done = {}
-        for branch in self.branches:
+        done = {}                                           # what two branches share, computed once
+        for names in self.branches:
             h = x
-            for layer in branch:
-                if layer not in done:
-                    module = POOLS.get(layer) or self[layer[0]]
-                    done[layer] = module(h)
-                h = done[layer]
+            for name in names:
+                if name not in done:
+                    done[name] = self[name](h)
+                h = done[name]
             out.append(h)
         return torch.cat(out, 1)
 
 
 class Inception(nn.Module):
-    """Inception v3 (Szegedy 2016) as the TensorFlow graph of 2015-12-05 has it, the network of the
-    published FIDs: 23,850,960 parameters; 1008 classes, no auxiliary head, and see POOLS."""
+    """Inception v3 (Szegedy 2016) with the layers and weights of the TensorFlow graph of
+    2015-12-05, which gives the published FIDs. It has 23,850,960 parameters, 1008 classes and no
+    auxiliary head.
+
+    "Published" means the numbers of the common PyTorch port, pytorch-fid: pictures are resized with
+    align_corners=False and scaled to [-1, 1]. The original TensorFlow code samples at other points
+    and scales by (x - 128) / 128, so its FIDs differ slightly."""
     name = "inception"
-    scale = "compares with published FIDs at equal n"
+    scale = "compares with published FIDs at equal numbers of pictures"
     channels = 3
+    size = 299
     accuracy = ()
 
     def __init__(self):
@@ -450,8 +562,8 @@ class Inception(nn.Module):
         self.Conv2d_4a_3x3 = conv_block(80, 192, 3, 1, 0)                   # 71
         self.maxpool2 = nn.MaxPool2d(3, 2)                                  # 35
         c = 192
-        for name, branches in MIXED.items():
-            block = Mixed(c, branches)
+        for name, (table, pool) in MIXED.items():
+            block = Mixed(c, table.replace("C", pool))
             self.add_module(name, block)
             c = block.channels
         self.fc = nn.Linear(c, 1008)                                        # not used
@@ -466,11 +578,11 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def features(self, images):
-        """uint8 (N, 1 or 3, H, W) of any size -> float32 (N, 2048) on the CPU. Resized to 299 x 299
-        bilinearly without antialiasing, as the published FIDs are."""
+        """uint8 (N, 1 or 3, H, W) of any size -> float32 (N, 2048) on the CPU. The pictures are
+        resized to 299 x 299, bilinearly and without antialiasing, as in pytorch-fid."""
         check_images(images, 3)
         out = []
-        torch.backends.cudnn.allow_tf32 = False             # it would cost three digits
+        torch.backends.cudnn.allow_tf32 = False             # TF32 would cost three digits
         for x in images.split(32):
             x = data.to_float(x.to(self.fc.weight.device)).expand(-1, 3, -1, -1)
             x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
@@ -480,32 +592,34 @@ class Inception(nn.Module):
         return torch.cat(out)
 
     def load_published(self, state):
-        """Takes the published state dict, with num_batches_tracked or without, folds the batch
-        norms and goes channels_last. RuntimeError if it is another's."""
+        """Loads the published state dict, with or without num_batches_tracked, and folds the batch
+        norms into the convolutions -> self. RuntimeError if names or shapes differ."""
         self.load_state_dict(dict(state))                   # a plain dict may lack the counters
         for module in self.modules():
             if hasattr(module, "bn"):
                 module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
                 module.bn = nn.Identity()
-        return self.to(memory_format=torch.channels_last)
+        return data.place(self, self.fc.weight.device)
 
 
 # ---- scores --------------------------------------------------------------------------------------
 
 def shuffled(images):
-    """Pictures, or other rows of a tensor, in an order that is always the same."""
+    """The rows of a tensor in an order that is random but always the same."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order]
 
 
 def scores(net, real, fake):
-    """Metrics of fakes against as many of the real pictures, uint8 (N, C, H, W) -> dict fid, kid,
-    precision, recall (of the first 5,000), n, n_real, features, scale, floor, floor_n.
+    """Metrics of fakes against as many real pictures, uint8 (N, C, H, W) -> dict: fid, kid,
+    precision, recall (these three of at most 5,000), n, n_real, features, scale, floor, floor_n.
 
-    floor: the FID of the first n real pictures and the next n, or of halves if there are fewer."""
+    The floor is the FID of real pictures against others: the first n against the next n, or halves
+    where there are fewer. No generator is expected to get below it. Papers take all real pictures:
+    to do the same, generate as many, for example by gan.py's --dump 60000 for MNIST."""
     n = len(fake)
     half = min(n, len(real) // 2)
-    need(half > 3, f"{n} pictures against {len(real)} real ones: at least 4 and 8")
+    need(half > 3, f"{n} pictures against {len(real)} real ones: at least 4 and 8 are wanted")
     x, y = net.features(real[:2 * n]), net.features(fake)
     floor = fid(x[:half], x[half:2 * half])
     x = x[:n]
@@ -516,9 +630,8 @@ def scores(net, real, fake):
 
 
 def against(net, images, fake, name):
-    """Metrics of uint8 fakes (n, C, H, W) against n of the training pictures of the data set
-    `name`, or where it has fewer all of these and its test pictures; the floor is that of n others,
-    or of halves. -> dict, see scores."""
+    """Metrics of uint8 fakes (n, C, H, W) against n training pictures of the data set `name`, or
+    where it has fewer, against all of these and the test pictures -> dict, see scores."""
     n = len(fake)
     images = shuffled(images)
     test, _, _ = data.load(name, images.shape[-1], "test")
@@ -526,33 +639,44 @@ def against(net, images, fake, name):
 
 
 def line(result):
-    """`FID 12.3 (classifier-mnist-32, n = 10000, real-vs-real floor 0.4)`: never a bare FID."""
+    """A dict of scores in one line, which never states the FID alone: `FID 12.3
+    (classifier-mnist-32, compares with itself only, n = 10000, real-vs-real floor 0.4)`."""
     n = str(result["n"])
     floor = f"{result['floor']:.2g}"
     if result["n_real"] != result["n"]:
         n = f"{result['n_real']} real, {n}"
     if result["floor_n"] != result["n"]:
         floor += f" at n = {result['floor_n']}"
-    return f"FID {result['fid']:.3g} ({result['features']}, n = {n}, real-vs-real floor {floor})"
+    features = result["features"]
+    if features != Inception.name:
+        features += ", compares with itself only"
+    return f"FID {result['fid']:.3g} ({features}, n = {n}, real-vs-real floor {floor})"
 
 
 def count(net, fake, labels, classes, asked=None):
-    """Which classes the fakes show, uint8 (N, C, H, W), as net names them -> dict.
+    """Which classes the fakes show, uint8 (N, C, H, W), as net predicts them -> dict.
 
-    counts; modes, how many of `classes`; entropy, 1 where all are equal and 0 where there is one;
-    rarest share; mean confidence; missing in the first 80; chi2 against the data's labels, on the
-    CPU; background, the median of the left and right border, and that of the data. With labels
-    asked (N,), of each head the accuracy and a table: asked (rows), seen."""
+    counts of each class; modes, how many of `classes` are drawn; entropy of the counts, 1 where all
+    are equal and 0 where there is one; KL, the Kullback-Leibler divergence from the uniform
+    distribution in nats; rarest, the lowest share; mean confidence; background, the median of the
+    left and right border, and that of the data. With labels asked for (N,), of each head the
+    accuracy and a table: asked (rows) against seen.
+
+    A class counts as drawn if the samples that show it with a confidence over 0.9 are at least a
+    tenth of its share in the data: blurred samples, which get some digit each with a confidence of
+    0.6, show none. Of stacked digits every class counts that is predicted at all, as in the
+    literature (Metz 2017; Lin 2018)."""
     seen, sure = net.predict(fake)
     n = len(fake)
     k = len(classes)
     counts = seen.bincount(minlength=k)
     wanted = labels.bincount(minlength=k) / len(labels) * n
-    result = {"counts": counts.tolist(), "modes": len(seen.unique()),
-              "entropy": (torch.special.entr(counts / n).sum() / np.log(k)).item(),
+    clear = seen[sure > .9 * net.strict].bincount(minlength=k)
+    drawn = (clear > 0) & (clear >= wanted / 10 * net.strict)
+    KL = np.log(k) - torch.special.entr(counts / n).sum().item()
+    result = {"counts": counts.tolist(), "modes": drawn.sum().item(),
+              "entropy": 1 - KL / np.log(k), "KL": KL,
               "rarest": counts[wanted > 0].min().item() / n, "confidence": sure.mean().item(),
-              "missing in 80": k - len(seen[:80].unique()),
-              "chi2": ((counts - wanted) ** 2 / wanted)[wanted > 0].sum().item(),
               "background": fake[..., [0, -1]].median().item(), "background real": net.background}
     if asked is not None:
         names = ("hair", "eyes") if len(net.heads) == 2 else ("label",)
@@ -563,8 +687,8 @@ def count(net, fake, labels, classes, asked=None):
             table = F.one_hot(wish, size).T @ F.one_hot(look, size)
             result[f"{name} asked seen"] = table.tolist()
     print(f"classes  {result['modes']} of {k} drawn, entropy {result['entropy']:.3f}, rarest "
-          f"{100 * result['rarest']:.1f}%, chi2 {result['chi2']:.0f}, mean confidence "
-          f"{result['confidence']:.3f}; background {result['background']:.0f} of 255, in the data "
+          f"{100 * result['rarest']:.1f}%, mean confidence {result['confidence']:.3f}\n"
+          f"         background {result['background']:.0f} of 255, in the data "
           f"{net.background:.0f}; counts {result['counts'] if k < 20 else 'in result.json'}")
     return result
 
@@ -572,8 +696,8 @@ def count(net, fake, labels, classes, asked=None):
 # ---- sanity: what the numbers see ----------------------------------------------------------------
 
 def spoiled(x, y):
-    """Real pictures uint8 (N, C, S, S) and labels (N,) -> (what, pictures, labels) of them spoiled
-    in ways that an eye minds little or much."""
+    """Real pictures uint8 (N, C, S, S) and labels (N,) -> (what was done, pictures, labels) for
+    several ways to spoil them, some of which an eye hardly minds."""
     yield "untouched: the floor", x, y
     for s in (.2, .6):
         for kind in range(1, len(KINDS)):
@@ -588,69 +712,101 @@ def spoiled(x, y):
             yield f"{s} of the classes missing", x[keep], y[keep]
 
 
-def sanity(net, images, labels, n):
-    """Prints a Markdown table: n real pictures, spoiled, against n others."""
-    need(n >= 20, "sanity needs --n of 20 at least")
-    if labels is None:
-        labels = torch.zeros(len(images))
-    images = shuffled(images)
-    labels = shuffled(labels)
-    real = net.features(images[:n])
-    print("| pictures | n | FID | KID | precision | recall | accuracy |\n"
-          "|---|---|---|---|---|---|---|")
-    for what, x, y in spoiled(images[n:2 * n], labels[n:2 * n]):
+def sanity(net, name, n):
+    """Prints a Markdown table: n real pictures, spoiled in several ways, against n others.
+
+    The pictures of the data set `name` are divided into four parts of n. The first two count as the
+    training set: the FID is taken against the first, and the second is the row "training set
+    copied". The other two, test pictures as far as there are enough, are held out: the third gives
+    the threshold of the column `copied`, and the fourth is spoiled."""
+    x, y = [], []
+    for split in ("train", "test"):
+        images, labels, _ = data.load(name, net.size, split)
+        x.append(shuffled(images))
+        y.append(shuffled(torch.zeros(len(images)) if labels is None else labels))
+    x, y = torch.cat(x), torch.cat(y)
+    n = min(n, len(x) // 4)
+    need(n >= 20, f"sanity needs --n of 20 at least and 80 pictures; {name} has {len(x)}")
+    real = net.features(x[:n])
+    train = x[:2 * n]
+    held_out, _ = nearest(x[-2 * n:-n], train)
+    print("| pictures | n | FID | KID | precision | recall | accuracy | copied |\n"
+          "|---|---|---|---|---|---|---|---|")
+    rows = [*spoiled(x[-n:], y[-n:]), ("training set copied", x[n:2 * n], y[n:2 * n])]
+    for what, x, y in rows:
         h = net.features(x)
         precision, recall = precision_recall(real, h)
         accuracy = ""
         if net.accuracy:
             accuracy = f"{(net.predict(x)[0] == y).double().mean():.3f}"
+        near, _ = nearest(x, train)
+        copied = excess(near, held_out[held_out > 0])
         print(f"| {what} | {len(x)} | {fid(real, h):.3g} | {kid(real, h):.3g} | {precision:.3f} | "
-              f"{recall:.3f} | {accuracy} |")
+              f"{recall:.3f} | {accuracy} | {copied:.2f} |")
 
 
 # ---- sources: runs, arrays, folders, data sets ---------------------------------------------------
 
 def is_array(word):
-    """Whether a word of the command line is an .npy or a run's folder."""
+    """Whether a word of the command line is an .npy or .npz, or the folder of a run."""
     run = Path(word)
-    return run.suffix == ".npy" or (run / "last.pt").is_file() or (run / "samples.npy").is_file()
+    return run.suffix in (".npy", ".npz") or (run / "last.pt").is_file() or (
+        run / "samples.npy").is_file()
 
 
 def array(word):
-    """An .npy of uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3, or a run's folder with
-    samples.npy -> uint8 tensor (N, C, H, W)."""
+    """An .npy of uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3, or the folder of a
+    run with such a samples.npy -> uint8 tensor (N, C, H, W). UserError, with the NumPy expression
+    that converts it, for other arrays."""
     path = Path(word)
     if path.is_dir():
         path = path / "samples.npy"
     need(path.is_file(), f"no {path}: add --dump 10000 to the command that trained it, python "
          "gan.py dcgan --dump 10000; or name two sources, REAL GENERATED")
     try:
-        x = np.load(path)                       # which reads no pickle
-    except (ValueError, EOFError) as e:
-        raise data.UserError(f"{path} is no readable .npy ({e}); write it again") from None
-    need(x.dtype == np.uint8, f"{path} holds {x.dtype}, not uint8; convert [-1, 1] with "
-         "((x + 1) * 127.5).round().clip(0, 255).astype('uint8')")
-    if x.ndim == 3:
+        x = np.load(path, mmap_mode="r")    # reads no pickle, and no more than the file holds
+        need(isinstance(x, np.ndarray), f"it holds several arrays, {getattr(x, 'files', '')}: save "
+             f"one of them alone, np.save('samples.npy', np.load('{path}')[NAME])")
+        low, high = float(x.min()), float(x.max())
+    except Exception as e:                  # a damaged file raises nearly anything
+        raise data.UserError(f"{path} is no readable .npy: {str(e).split('. ')[0]}") from None
+    how = "x"
+    if high <= 1:
+        how = "(x + 1) * 127.5" if low < 0 else "x * 255"
+    need(x.dtype == np.uint8, f"{path} holds {x.dtype} from {low:.4g} to {high:.4g}, not uint8 "
+         f"from 0 to 255; convert it with ({how}).round().clip(0, 255).astype('uint8')")
+    shape = x.shape
+    if x.ndim == 3 and shape[2] > 4:                        # else it is one picture
         x = x[..., None]
-    if x.shape[-1] in (1, 3):
+    if x.shape[-1:] in ((1,), (3,)):
         x = np.moveaxis(x, -1, 1)
-    need(x.ndim == 4 and x.shape[1] in (1, 3) and x.size,
-         f"{path} has shape {x.shape}; wanted (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3")
-    return torch.from_numpy(x)
+    need(x.ndim == 4 and x.shape[1] in (1, 3), f"{path} has shape {shape}; wanted are several "
+         "pictures (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3: x[None] makes one "
+         "picture several, x[..., :3] leaves out transparency, x.reshape(-1, H, W) separates rows")
+    return torch.from_numpy(np.array(x))
+
+
+def split_of(word):
+    """A word of the command line -> (data set or path, split). An existing path is that path, and a
+    colon starts a split only before train, test or all."""
+    name, _, split = word.rpartition(":")
+    if split in ("train", "test", "all") and name and not Path(word).exists():
+        return name, split
+    need(not Path(word).is_file() or is_array(word), f"{word} is one picture: name a folder")
+    return word, "train"
 
 
 def source(word, size, net):
-    """A word of the command line -> uint8 pictures (N, C, H, W): data sets at this size, the
-    pictures of a folder cropped and scaled to the side of the first."""
-    name, _, split = word.partition(":")
-    if is_array(word):
-        return array(word)
-    if Path(word).is_dir():
-        pictures = [data.read_picture(path, net.channels) for path in data.pictures(word)]
-        side = min(pictures[0].shape[1:])
-        return torch.stack([data.fit(picture, side) for picture in pictures])
-    need(split in ("", "train", "test", "all"), f"{word}: a split is train, test or all")
-    return data.choose(name, size, split or "train")[1]
+    """A word of the command line -> uint8 pictures (N, C, H, W): a data set at this size; those of
+    a folder as large as its first picture, but no larger than size; of an array as they are."""
+    name, split = split_of(word)
+    if is_array(name):
+        return array(name)
+    if name not in data.SETS and split == "train" and Path(name).is_dir():
+        files = data.pictures(name)
+        first = data.read_picture(files[0], net.channels)
+        return data.read_all(files, min(*first.shape[1:], size), net.channels)
+    return data.choose(name, size, split)[1]
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -658,15 +814,18 @@ def source(word, size, net):
 def network(cfg, name, size):
     """Inception if it is asked for or can be had, else the classifier of the data set `name`."""
     device = data.device(cfg.device)
+    why = ""
     if cfg.features != "classifier":
         try:
             path = data.fetch(WEIGHTS, WEIGHTS_URLS, WEIGHTS_SHA256)
-            net = Inception().load_published(data.load_checkpoint(path)).to(device)
+            net = data.place(Inception().load_published(data.load_checkpoint(path)), device)
             print(f"features {net.name}: {net.scale}")
             return net
         except data.Unavailable as e:
             need(cfg.features == "auto", f"{e}; or --features classifier, which needs no download")
-    print(f"features {Classifier.name}: {Classifier.scale}")
+            why = (f"; for those put Inception's weights,\n         which could not be downloaded, "
+                   f"at {data.DOWNLOADS / WEIGHTS}")
+    print(f"features {Classifier.name}: {Classifier.scale}{why}")
     need(not is_array(name), f"{name} is of which data set? add --data SET")
     return classifier(data.choose(name, size)[0], size, device)
 
@@ -679,22 +838,22 @@ def main(argv=None):
     words = list(cfg.sources)
     size = 32
     if words == ["sanity"]:
-        name, images, labels, _ = data.choose(cfg.data or "mnist,digits", size)
-        net = network(cfg, name, size)
-        sanity(net, images, labels, min(cfg.n or 5000, len(images) // 2))
+        name, *_ = data.choose(cfg.data or "mnist,digits", size)
+        sanity(network(cfg, name, size), name, cfg.n or 5000)
         return
     record = Path(*words, "result.json")
     if len(words) == 1 and record.is_file():
-        config = json.loads(record.read_text()).get("config", {})
+        config = json.loads(record.read_text(encoding="utf-8")).get("config", {})
         need("data" in config, f"{words[0]} has no samples: name a run of gan.py")
-        words.insert(0, config["data"] + ":all")            # the test set, too: gan.py where few
+        words.insert(0, config["data"] + ":all")            # as gan.py where they are few
     need(len(words) == 2, "name two sources, REAL GENERATED, or one run with samples.npy, which "
          "--dump 10000 writes: python gan.py dcgan --dump 10000")
+    names = [split_of(word)[0] for word in words]
     if is_array(words[1]):
-        size = array(words[1]).shape[-1]
-    net = network(cfg, cfg.data or words[0].split(":")[0], size)
-    fake = shuffled(source(words[1], size, net))[:cfg.n or None]
-    real = shuffled(source(words[0], fake.shape[-1], net))          # as sharp as the fakes
+        size = min(array(words[1]).shape[2:])
+    net = network(cfg, cfg.data or names[0], size)
+    fake = shuffled(source(words[1], net.size, net))[:cfg.n or None]
+    real = shuffled(source(words[0], min(fake.shape[2:]), net))     # no sharper than the fakes
     result = scores(net, real, fake)
     if net.accuracy:
         _, labels, classes = data.load(net.data, size)

@@ -1028,56 +1028,67 @@ def test_mistake_9_pictures_that_do_not_match_tanh():
 # ---- fid.py --------------------------------------------------------------------------------------
 
 def feats(seed, n, d, shift):
-    """Features (n, d) of the golden numbers' recipe."""
+    """Features (n, d) from which the reference numbers were computed."""
     a = np.random.RandomState(0).standard_normal((d, d)) / d ** .5
     x = np.random.RandomState(seed).standard_normal((n, d))
     return x * np.arange(1, d + 1) ** -.6 @ a + shift
 
 
-@parametrize("case", range(3))
-def test_fid_golden(case):
-    """Numbers of independent implementations; in the last case the covariances are singular."""
-    c = golden("metrics")["cases"][case]
-    real = feats(11, c["n_real"], c["d"], 0)
-    fake = feats(12, c["n_fake"], c["d"], .02)
+@parametrize("numbers", [  # n real, n fake, d, FID, KID, precision, recall, from independent code
+    "1000 1000 64 0.06305284625916663 0.001201940451994954 0.803 0.778",
+    "400 300 128 0.25210042538774147 0.0013874602033001615 0.8166666666666667 0.725",
+    "100 120 256 1.0688771859482333 0.0009885203968855727 0.8916666666666667 0.85"])
+def test_fid_golden(numbers):
+    """In the last case both covariances are singular."""
+    n, m, d, *wanted = map(float, numbers.split())
+    real = feats(11, int(n), int(d), 0)
+    fake = feats(12, int(m), int(d), .02)
     gaussians = real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T)
+    found = [fid.fid(real, fake), fid.kid(real, fake), *fid.precision_recall(real, fake)]
+    assert found == approx(wanted, rel=1e-9)
+    assert fid.frechet_distance(*gaussians) == approx(wanted[0], rel=1e-9)
     textbook = fid.fid_textbook(torch.from_numpy(real), torch.from_numpy(fake))
-    assert fid.fid(real, fake) == approx(c["fid"], rel=1e-9)
-    assert fid.frechet_distance(*gaussians) == approx(c["fid"], rel=1e-7)
-    assert textbook.item() == approx(c["fid"], rel=1e-5)
-    assert fid.kid(real, fake) == approx(c["kid"], rel=1e-9)
-    assert fid.precision_recall(real, fake) == (c["precision"], c["recall"])
+    assert textbook.item() == approx(wanted[0], rel=1e-5)
 
 
-@parametrize("n", [300, 40])
-def test_fid_root_and_textbook(n):
-    """R R = S, for S of rank 64 and 39; fast and textbook agree; and a shift."""
-    x, y = torch.from_numpy(feats(1, n, 64, 0)), torch.from_numpy(feats(2, n, 64, .1))
+@parametrize("n, m", [(300, 300), (300, 40), (30, 40)])
+def test_fid_root_and_textbook(n, m):
+    """R R = S at full rank 64 and below; fast and textbook agree at all ranks; and a shift."""
+    x, y = torch.from_numpy(feats(1, n, 64, 0)), torch.from_numpy(feats(2, m, 64, .1))
     S = x.T.cov()
     assert_close(fid.sqrtm(S) @ fid.sqrtm(S), S)
-    assert fid.fid(x, y) == approx(fid.fid_textbook(x, y).item(), rel=1e-4)
+    assert fid.fid(x, y) == approx(fid.fid_textbook(x, y).item(), rel=1e-5) == fid.fid(y, x)
     assert fid.fid(x, x.flip(0) + 2) == approx(4 * 64)
     assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 99) == (0, 0)
     z = torch.tensor([[0.], [1]]).double()          # k is 1, 1, 8: 1 + 1 - 2 (1 + 1 + 1 + 8) / 4
     assert fid.kid(z, z) == approx(-3.5)
 
 
+GOLDEN_INCEPTION = """43 2 3 32 32 0 .01020453 .7375337 1.778163 .4555272 6.242733 .03604679 \
+.1095517 .4477755 .508098 .05997793 .5400127
+75 1 3 64 48 0 .003345659 .00910967 .5330078 .7981241 .4485522 1.789897 .5010987 .735085 \
+.07209809 0 .5629397
+310 1 3 299 299 0 .05636128 .03678215 .9889803 1.100866 .6516264 2.230731 .5824723 1.408158 \
+.1507813 0 .8587762
+411 1 3 400 350 0 .004076251 .01716496 .6325228 .9626039 .4840534 1.870847 .4794687 .8821393 \
+.08591026 0 .6378217"""              # seed and shape of the pictures, a dozen of their features
+
+
 def test_fid_inception_golden():
-    """Names, count and features of the published network, read without num_batches_tracked."""
-    g = golden("inception")
-    keys = golden("inception_keys")
-    import recipe
+    """Names, shapes, count and, against independent code, features of the published network, read
+    without num_batches_tracked."""
     net = fid.Inception()
-    assert {name: list(t.shape) for name, t in net.state_dict().items()} == keys
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    assert digest(shapes) == "8cdd2faeb41211e17f0fb47e66168d0cb1f981aa773b5f44e5b9cc93857fe492"
     assert count(net) == 23_850_960
-    shapes = {name: shape for name, shape in keys.items() if "num_batches" not in name}
-    state = recipe.state(shapes, 11).items()
-    net.load_published({name: torch.from_numpy(np.array(a)) for name, a in state})
-    for c in g["cases"]:
-        plus, *shape = map(int, re.findall(r"\d+", c["images"]))
-        h = net.features(torch.from_numpy(recipe.images(11 + plus, *shape))).flatten()
-        error = h[c["features"]["at"]] - torch.tensor(c["features"]["values"])
-        assert error.norm() < 1e-5 * h.norm()
+    shapes = {key: shape for key, shape in shapes.items() if "num_batches" not in key}
+    net.load_published({key: torch.from_numpy(a) for key, a in recipe(shapes, 11).items()})
+    for row in GOLDEN_INCEPTION.split("\n"):
+        numbers = [float(word) for word in row.split()]
+        seed, *shape = map(int, numbers[:5])
+        x = np.random.RandomState(seed).randint(0, 256, shape)
+        h = dozen(net.features(torch.from_numpy(x).byte()))
+        assert_close(h, torch.tensor(numbers[5:]), atol=2e-4, rtol=0)
 
 
 def test_fid_disturb():
@@ -1097,8 +1108,36 @@ def test_fid_pretext_can_be_undone(monkeypatch):
         assert torch.equal(b.roll(-order, 0).rot90(-turn, (1, 2)), a)
 
 
+@parametrize("name, size", [("digits", 32), ("faces-a", 64)])
+def test_fid_neighbours(name, size):
+    """Training pictures, slightly disturbed too, are copies; held-out pictures, sharp or soft, are
+    not. One picture drawn over and over is a twin. Held-out pictures that stand in the training
+    set, or twice, are left out, and where fewer than 20 are left nothing is counted."""
+    train, test = [load(name, size, split)[0] for split in ("train", "test")]
+    held_out, fake = test[::2], test[1::2]
+    n = len(fake)
+
+    def found(x, held_out=held_out):
+        return fid.neighbours(train, held_out, x, "n.png")
+
+    for kind in (0, 1, 2, 4, 5):
+        x = data.to_uint8(fid.disturb(data.to_float(torch.cat([train[:n], fake])), kind, .2))
+        assert found(x[:n])["copied"] > .9 and found(x[n:])["copied"] < .1
+    a_tenth = found(torch.cat([fake[n // 10:], train[:n // 10]]))
+    assert a_tenth["copied"] == approx(.1, abs=.05) and a_tenth["twins"] < .1
+    twins = found(fake[:1].expand(n, -1, -1, -1), torch.cat([held_out, held_out, train[:50]]))
+    assert twins["held_out"] == n and fid.alarms(twins) == "; twins 100%"
+    few = found(train, torch.cat([held_out[:19], held_out[:19], train[:50]]))
+    assert few["copied"] is few["twins"] is None and fid.alarms(few) == ""
+    with mock.patch.object(data, "sheet") as sheet:
+        found(torch.cat([fake[:20], train[-20:]]))
+    (x, copy, twin), *_ = sheet.call_args.args              # the closest first
+    assert torch.equal(x, copy) and not (twin == x).flatten(1).all(1).any()
+
+
 def test_fid_classifier_learns_and_is_kept(monkeypatch, capsys):
-    """Trained once, without touching the caller's random numbers; the accuracy is the test's."""
+    """Trained once, without touching the caller's random numbers; the accuracy is the test's.
+    sanity: copies of the training set have an FID at the floor, and only `copied` sees them."""
     shutil.copytree(data.DOWNLOADS / "cache", "cache")
     monkeypatch.setattr(data, "DOWNLOADS", Path())
     monkeypatch.setattr(fid, "STEPS", 100)
@@ -1111,9 +1150,27 @@ def test_fid_classifier_learns_and_is_kept(monkeypatch, capsys):
     right = again.predict(x)[0] == y
     assert net.accuracy == again.accuracy == [right.double().mean().item()]
     assert net.accuracy[0] > .8
-    fid.sanity(net, x, y, 200)                      # the floor, 14 ways to spoil pictures
+    fid.sanity(net, "digits", 200)                  # the floor, 14 ways to spoil pictures, copies
     rows = [text.split(" | ") for text in capsys.readouterr().out.splitlines()[2:]]
-    assert len(rows) == 15 and float(rows[-1][2]) > 2 * float(rows[0][2])
+    floor, *_, worst, copies = [float(row[2]) for row in rows]
+    assert len(rows) == 16 and worst > 2 * floor and copies < 1.5 * floor
+    assert rows[0][-1] < "0.10" and rows[-1][-1] > "0.95"
+
+
+def test_fid_stacked_is_the_digits_classifier_three_times():
+    """Features side by side, label 100 red + 10 green + blue, confidences multiplied; every
+    predicted class is a mode; KL is ln 1000 where all samples are of one class."""
+    one, net = [fid.classifier(name, 32) for name in ("digits", "stacked-digits")]
+    x, y, classes = load("stacked-digits", 32, "test")
+    x, y = x[:2000], y[:2000]
+    seen, sure = net.predict(x)
+    digits, each = zip(*[one.predict(x[:, i:i + 1]) for i in range(3)])
+    assert torch.equal(seen, 100 * digits[0] + 10 * digits[1] + digits[2])
+    assert_close(sure, each[0] * each[1] * each[2])
+    assert_close(net.features(x[:9])[:, 128:256], one.features(x[:9, 1:2]))
+    assert net.accuracy == [(seen == y).double().mean().item()]
+    assert fid.count(net, x, y, classes)["modes"] == len(seen.unique())
+    assert fid.count(net, x[:1], y, classes)["KL"] == approx(math.log(1000))
 
 
 def test_fid_count(monkeypatch):
@@ -1126,20 +1183,33 @@ def test_fid_count(monkeypatch):
     seen = torch.tensor([12, 12, 23, 130])
     monkeypatch.setattr(net, "predict", lambda x: (seen, torch.ones(4)))
     r = fid.count(net, x, torch.arange(132), data.FACES, torch.tensor([12, 13, 12, 131]))
-    wanted = {"modes": 3, "rarest": 0, "missing in 80": 129, "background": 20,
-              "hair accuracy": .75, "eyes accuracy": .5, "chi2": approx(33 * 6 - 4),
-              "entropy": approx(1.5 * math.log(2) / math.log(132))}
+    wanted = {"modes": 3, "rarest": 0, "background": 20, "hair accuracy": .75,
+              "eyes accuracy": .5, "entropy": approx(1.5 * math.log(2) / math.log(132)),
+              "KL": approx(math.log(132) - 1.5 * math.log(2))}
     assert r | wanted == r and r["counts"][12] == 2
     table = r["eyes asked seen"]
     assert (table[1][1], table[2][1], table[10][9]) == (2, 1, 1)
 
 
+def test_fid_count_sees_that_a_blur_is_no_class(monkeypatch):
+    """A class is drawn if a tenth of its share in the data shows it with a confidence over 0.9."""
+    net = fid.Classifier(1, 32, (10,))
+    net.background = 0
+    seen = torch.arange(10).repeat(100)
+    for sure, modes in (torch.full((1000,), .89), 0), (torch.linspace(0, 1.0001, 1000), 10), (
+            .95 * (seen != 3) + .95 * (torch.arange(1000) < 91) * (seen == 3), 9):
+        monkeypatch.setattr(net, "predict", lambda x: (seen, sure))
+        assert fid.count(net, images(1000), seen, data.DIGITS)["modes"] == modes
+
+
 def test_fid_against_and_line():
-    """The floor is taken at the n of the comparison, and line says where one of them differs."""
+    """The floor is taken at the n of the comparison, and line says where one of them differs, and
+    with what the FID of a classifier may be compared."""
     net = fid.Classifier(1, 32, (10,))
     x = load("digits", 32)[0][:900]
     r = fid.against(net, x, x[:450], "digits")
-    assert "n = 450, real-vs-real floor" in fid.line(r) and r["floor_n"] == 450
+    assert "compares with itself only, n = 450, real-vs-real floor" in fid.line(r)
+    assert r["floor_n"] == 450 and "itself" not in fid.line(r | dict(features="inception"))
     assert fid.scores(net, x, 255 - x[:200])["fid"] > 5 * max(r["fid"], r["floor"])
     few = fid.line(fid.scores(net, x[:100], x[:300]))
     assert "n = 100 real, 300, real-vs-real floor" in few and few.endswith(" at n = 50)")
@@ -1152,6 +1222,40 @@ def test_fid_arrays(axis):
     np.save("a.npy", x.movedim(1, axis))
     np.save("grey.npy", x[:, 0])
     assert torch.equal(fid.array("a.npy"), x) and torch.equal(fid.array("grey.npy"), x[:, :1])
+    os.truncate("a.npy", 999)
+    with refused(match="greater than file size"):           # its header could claim petabytes
+        fid.array("a.npy")
+
+
+X = np.arange(9 * 192).reshape(9, 8, 8, 3).astype(np.uint8)
+
+
+@parametrize("x, says", [
+    (X / 255, "(x * 255).round()"), (X / 127.5 - 1, "((x + 1) * 127.5).round()"),
+    (X / 1., "(x).round()"), (X > 9, "(x * 255)"), (X[0], "x[None]"), (X[:0], "zero-size"),
+    (X[..., [0, 1, 2, 0]], "x[..., :3]"), (X.reshape(9, -1), "x.reshape"), (X[0, 0, 0, 0], "()"),
+    (np.array([None]), "objects"), ({"a": X}, "['a']")])
+def test_fid_arrays_say_how_to_convert_them(x, says):
+    """An .npz under another name, too."""
+    with open("a.npy", "wb") as f:
+        np.savez(f, **x) if isinstance(x, dict) else np.save(f, x)
+    with refused(match=re.escape(says)):
+        fid.array("a.npy")
+
+
+def test_fid_words():
+    """An existing path wins, a colon starts a split only before train, test or all; photographs are
+    read no larger than what the features look at, and the digits at that side."""
+    assert fid.split_of("mnist:test") == ("mnist", "test")
+    assert fid.split_of("run 10:30") == ("run 10:30", "train")
+    Path("odd:test").mkdir()
+    assert fid.split_of("odd:test") == ("odd:test", "train")
+    for i in range(20):
+        data.save(Image.new("L", (70, 50 + i), 12 * i), f"photos/{i}.png")
+    assert fid.source("photos/", 299, fid.Inception).shape == (20, 3, 50, 50)
+    said = run("fid.py digits photos/")
+    assert "1 x 32 x 32" in said and f"at {data.DOWNLOADS}/pt_inception" in said
+    assert "photos/0.png is one picture: name a folder" in run("fid.py photos/0.png x", code=2)
 
 
 # ---- cyclegan.py ---------------------------------------------------------------------------------
