@@ -679,7 +679,7 @@ def test_learns_digits():
     found = []
     for steps in (1, 400):
         run(f"gan.py speedrun --data digits --samples 1000 --steps {steps} --out {steps}")
-        found.append(data.read_run(str(steps))[1]["metrics"])
+        found.append(data.read_run(str(steps))[0])
     assert found[1]["fid"] < found[0]["fid"] / 3 and found[1]["modes"] >= 6, found
 
 
