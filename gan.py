@@ -1034,7 +1034,7 @@ def ring_page(cfg, D, images, x, step, side=240):
     page = data.as_image(torch.lerp(orange, blue, v).byte().view(3, side, side))
     draw = ImageDraw.Draw(page)
     for points, colour, r in (images[:500].cpu(), (90, 90, 90), 1), (x[:500], (215, 30, 30), 1.5):
-        for a, b in (points.flatten(1) * side / 255).tolist():
+        for a, b in (points.flatten(1).float() * side / 255).tolist():
             b = side - b                                            # the second axis points up
             draw.ellipse((a - r, b - r, a + r, b + r), colour)
     modes, good = found(to_float(x))
