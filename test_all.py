@@ -1465,6 +1465,9 @@ def test_cyclegan_trains_as_the_textbook(tmp_path):
         for way in net:
             error = net[way](x) - reference[way](x)
             assert error.abs().mean() < 2e-3                    # a mistake is .01
+    layer, norm = nets[0]["ab"][0]                              # refresh: statistics of real a
+    h = layer(data.to_float(styles[0].train))                   # (1000, 32, 16, 16)
+    assert_close(norm.running_mean, h.mean((0, 2, 3)), rtol=0, atol=.01)
 
 
 def test_cyclegan_scores_see_that_nothing_was_done():
