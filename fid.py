@@ -718,7 +718,8 @@ def sanity(net, name, n):
     The pictures of the data set `name` are divided into four parts of n. The first two count as the
     training set: the FID is taken against the first, and the second is the row "training set
     copied". The other two, test pictures as far as there are enough, are held out: the third gives
-    the threshold of the column `copied`, and the fourth is spoiled."""
+    the threshold of the column `copied`, and the fourth is spoiled. What stands in the training set
+    as well is left out of both."""
     x, y = [], []
     for split in ("train", "test"):
         images, labels, _ = data.load(name, net.size, split)
@@ -729,10 +730,13 @@ def sanity(net, name, n):
     need(n >= 20, f"sanity needs --n of 20 at least and 80 pictures; {name} has {len(x)}")
     real = net.features(x[:n])
     train = x[:2 * n]
-    held_out, _ = nearest(x[-2 * n:-n], train)
+    distance, _ = nearest(x[-2 * n:], train)
+    third, fourth = (distance > 0).split(n)
+    held_out = distance[:n][third]
     print("| pictures | n | FID | KID | precision | recall | accuracy | copied |\n"
           "|---|---|---|---|---|---|---|---|")
-    rows = [*spoiled(x[-n:], y[-n:]), ("training set copied", x[n:2 * n], y[n:2 * n])]
+    copies = "training set copied", x[n:2 * n], y[n:2 * n]
+    rows = [*spoiled(x[-n:][fourth], y[-n:][fourth]), copies]
     for what, x, y in rows:
         h = net.features(x)
         precision, recall = precision_recall(real, h)
@@ -740,7 +744,7 @@ def sanity(net, name, n):
         if net.accuracy:
             accuracy = f"{(net.predict(x)[0] == y).double().mean():.3f}"
         near, _ = nearest(x, train)
-        copied = excess(near, held_out[held_out > 0])
+        copied = excess(near, held_out)
         print(f"| {what} | {len(x)} | {fid(real, h):.3g} | {kid(real, h):.3g} | {precision:.3f} | "
               f"{recall:.3f} | {accuracy} | {copied:.2f} |")
 
@@ -823,8 +827,8 @@ def network(cfg, name, size):
             return net
         except data.Unavailable as e:
             need(cfg.features == "auto", f"{e}; or --features classifier, which needs no download")
-            why = (f"; for those put Inception's weights,\n         which could not be downloaded, "
-                   f"at {data.DOWNLOADS / WEIGHTS}")
+            why = ("\n         since Inception's weights could not be downloaded; they belong at\n"
+                   f"         {data.DOWNLOADS / WEIGHTS}")
     print(f"features {Classifier.name}: {Classifier.scale}{why}")
     need(not is_array(name), f"{name} is of which data set? add --data SET")
     return classifier(data.choose(name, size)[0], size, device)

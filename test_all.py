@@ -1126,6 +1126,7 @@ def test_fid_neighbours(name, size):
     not. One picture drawn over and over is a twin. Held-out pictures that stand in the training
     set, or twice, are left out, and where fewer than 20 are left nothing is counted."""
     train, test = [load(name, size, split)[0] for split in ("train", "test")]
+    train = torch.cat([255 - train, 255 - train, train])    # compared in two parts and more
     held_out, fake = test[::2], test[1::2]
     n = len(fake)
 
@@ -1133,9 +1134,9 @@ def test_fid_neighbours(name, size):
         return fid.neighbours(train, held_out, x, "n.png")
 
     for kind in (0, 1, 2, 4, 5):
-        x = data.to_uint8(fid.disturb(data.to_float(torch.cat([train[:n], fake])), kind, .2))
+        x = data.to_uint8(fid.disturb(data.to_float(torch.cat([train[-n:], fake])), kind, .2))
         assert found(x[:n])["copied"] > .9 and found(x[n:])["copied"] < .1
-    a_tenth = found(torch.cat([fake[n // 10:], train[:n // 10]]))
+    a_tenth = found(torch.cat([fake[n // 10:], train[-(n // 10):]]))
     assert a_tenth["copied"] == approx(.1, abs=.05) and a_tenth["twins"] < .1
     twins = found(fake[:1].expand(n, -1, -1, -1), torch.cat([held_out, held_out, train[:50]]))
     assert twins["held_out"] == n and fid.alarms(twins) == "; twins 100%"
@@ -1266,7 +1267,7 @@ def test_fid_words():
         data.save(Image.new("L", (70, 50 + i), 12 * i), f"photos/{i}.png")
     assert fid.source("photos/", 299, fid.Inception).shape == (20, 3, 50, 50)
     said = run("fid.py digits photos/")
-    assert "1 x 32 x 32" in said and f"at {data.DOWNLOADS}/pt_inception" in said
+    assert "1 x 32 x 32" in said and f"at\n         {data.DOWNLOADS}/pt_inception" in said
     assert "photos/0.png is one picture: name a folder" in run("fid.py photos/0.png x", code=2)
 
 
