@@ -1265,7 +1265,8 @@ def test_fid_words():
     assert fid.split_of("odd:test") == ("odd:test", "train")
     for i in range(20):
         data.save(Image.new("L", (70, 50 + i), 12 * i), f"photos/{i}.png")
-    assert fid.source("photos/", 299, fid.Inception).shape == (20, 3, 50, 50)
+    for size, side in (299, 50), (32, 32):
+        assert fid.source("photos/", size, fid.Inception).shape == (20, 3, side, side)
     said = run("fid.py digits photos/")
     assert "1 x 32 x 32" in said and f"at\n         {data.DOWNLOADS}/pt_inception" in said
     assert "photos/0.png is one picture: name a folder" in run("fid.py photos/0.png x", code=2)
