@@ -495,12 +495,6 @@ def test_settings_of_the_loss_the_preset_and_the_user(line):
     assert wanted == " ".join(f"{name}={cfg[name]}" for name in re.findall(r"(\w+)=", wanted))
 
 
-def test_lazy_penalties():
-    """Every fourth step has four times the weight, the others have none."""
-    cfg = gan.config("anime", 1)
-    assert [gan.step_settings(cfg, step)["r1"] for step in (4, 5)] == [4 * .3, 0]
-
-
 def test_mistake_6_samples_in_training_mode():
     """In eval mode a picture depends on its own z alone; G is left as it was."""
     G, _ = build("dcgan")
@@ -585,16 +579,15 @@ def test_ring_counts_modes_and_good_points():
 
 
 def test_between_prompts_and_ends():
-    """t = 0 is z1, to the bit, t = 1 is z2; prompts; what the log measures; ends by rule."""
+    """t = 0 is z1, t = 1 is z2; prompts; what the log measures; a run's end by rule."""
     z1, z2 = torch.randn(2, 16)
-    assert torch.equal(gan.between(z1, z2, 0), z1)
-    assert_close(gan.between(z1, z2, 1), z2)
+    assert_close([gan.between(z1, z2, t) for t in (0, 1)], [z1, z2])
     assert gan.parse_prompt("Blue hair, grey eyes") == 11 * data.HAIR.index("blue")
     x = torch.tensor([[1., -1, -1], [0, 0, 0]])                         # a red pixel, a grey one
     assert gan.saturation(x) == .5 and gan.spread(x) == approx(.5 ** .5)
     rows = [dict(step=step, spread=v) for step, v in enumerate([1, .1, .5, .2, .1, .1])]
     assert [gan.since(rows[:n], gan.is_collapsed) for n in (5, 6)] == [-1, 3]
-    assert [gan.is_dead({"|dD|": 1e-4, "|dG|": g}) for g in (1e-4, 1)] == [True, False]
+    assert gan.is_dead({"|dD|": 1e-4, "|dG|": 1e-4}) > gan.is_dead({"|dD|": 1e-4, "|dG|": 1})
 
 
 # ---- gan.py: runs --------------------------------------------------------------------------------
@@ -1702,24 +1695,21 @@ class GPU(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = func.__name__
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = tree_leaves((args, kwargs, name))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         marks = [hasattr(x.untyped_storage(), "gpu") for x in tensors]
         if func == torch.Tensor.device.__get__:
             return torch.device("cuda" if marks[0] else "cpu")
         if name in ("device", "_parse_to", "_has_compatible_shallow_copy_type", "__set__"):
             return func(*args, **kwargs)
-        words = [str(x) for x in (*leaves, name) if isinstance(x, (str, torch.device))]
+        words = [str(x) for x in leaves if isinstance(x, (str, torch.device))]
         to = [word for word in words if word in ("cuda", "cpu")]
         here = to[0] == "cuda" if to else any(marks)            # where the result belongs
         moves = bool(tensors) and here != any(marks)
-        if any(x.dim() and mark != any(marks) for x, mark in zip(tensors, marks)):
-            assert name == "__getitem__" and not self.hot, f"{name}: the CPU meets the GPU"
-        if any(marks):
-            assert name != "numpy", "numpy on the GPU"
-        if self.hot:
-            reads = any(marks) and name in ("item", "tolist", "__bool__", "__float__", "__int__")
-            assert not moves and not reads, f"{name} waits for the GPU"
+        waits = moves or any(marks) and name in ("item", "tolist", "__bool__", "__float__")
+        met = any(x.dim() and mark != any(marks) for x, mark in zip(tensors, marks))
+        assert not met or name == "__getitem__" and not self.hot, f"{name}: the CPU meets the GPU"
+        assert not (self.hot and waits or any(marks) and name == "numpy"), f"{name} on the GPU"
         if to:
             args, kwargs = tree_map(
                 lambda x: CPU if isinstance(x, (str, torch.device)) else x, (args, kwargs))
@@ -1731,6 +1721,14 @@ class GPU(TorchFunctionMode):
                 assert x.dtype != torch.double, f"{name}: Apple's GPUs have no float64"
                 x.untyped_storage().gpu = True
         return out
+
+
+RUNS_ON_A_GPU = """
+gan.py dcgan --out a --modern 1 --sn both --cond ac --penalty-every 2 --data faces-a --dump 9
+gan.py dcgan --out b --loss wgan-gp --cond planes --augment 1 --ema 0
+gan.py dcgan --out c --loss wgan --clip .1 --data faces-a
+gan.py dcgan --out d --loss lsgan --gp 1 --penalty mean-norm --decay 1
+gan.py ring --out e --loss gan --r1 1"""
 
 
 def test_on_a_gpu_in_disguise(monkeypatch):
@@ -1752,13 +1750,9 @@ def test_on_a_gpu_in_disguise(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", seed_step)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(data, "gif", print)
-    go = "gan.py dcgan --h 4 --batch 4 --samples 200 --steps 3 --d-opt rmsprop --device cuda --out "
     with gpu:
-        run(go + "a --modern 1 --sn both --cond ac --penalty-every 2 --data faces-a --dump 9")
-        run(go + "b --loss wgan-gp --cond planes --augment 1 --ema 0")
-        run(go + "c --loss wgan --clip .1 --data faces-a")
-        run(go + "d --loss lsgan --gp 1 --penalty mean-norm --decay 1")
-        run("gan.py ring --steps 3 --loss gan --r1 1 --device cuda --out ring")
+        for line in RUNS_ON_A_GPU.split("\n")[1:]:
+            run(line + " --h 4 --batch 4 --samples 200 --steps 3 --device cuda")
         a, b = [cyclegan.load_style(f"faces-{x}", 32, torch.device("cuda")) for x in "ab"]
         for model in "cyclegan", "unit":
             cfg = cyclegan.config(model=model, steps=3, batch=4, pool=2)
