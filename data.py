@@ -27,7 +27,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import sys
 import tarfile
@@ -35,7 +34,6 @@ import time
 import typing
 import urllib.request
 import warnings
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +48,7 @@ DOWNLOADS = Path(os.environ.get("DOWNLOADS", "downloads"))
 RANK, WORLD = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-# A small file can unpack to one that fills the memory. Larger pictures and files are refused.
-MAX_PIXELS = 50_000_000
+# A small file can unpack to one that fills the memory. No more than this is unpacked of it.
 MAX_BYTES = 1 << 26
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_BYTES       # image generators put megabytes of text into a PNG
 warnings.filterwarnings("ignore", module="PIL")     # of damaged EXIF; the picture itself is sound
@@ -77,8 +74,8 @@ def need(ok, why):
 def at_least(low, cfg, *fields):
     """UserError unless each of these fields of a config is at least `low` (nan is not)."""
     for name in fields:
-        value = getattr(cfg, name)
-        need(value >= low, f"--{name.replace('_', '-')} {value} must be at least {low}")
+        need(getattr(cfg, name) >= low,
+             f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least {low}")
 
 
 @contextlib.contextmanager
@@ -91,8 +88,6 @@ def atomic(path):
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
         if RANK == 0:
             os.replace(part, path)
     finally:
@@ -141,21 +136,14 @@ def sha256_of(path):
     return hashlib.sha256(content(path)).hexdigest()
 
 
-def download(url, path, sha256=None):
-    """Fetch one URL to `path`, with progress. UserError or OSError unless all of it arrives."""
+def download(url, path, sha256):
+    """Fetch one URL to `path`. An error, and urllib has many kinds, unless all of it arrives."""
     with urllib.request.urlopen(url, timeout=10) as answer, atomic(path) as part:
-        total = int(answer.headers["Content-Length"] or 0)
-        got = 0
-        with open(part, "wb") as f:
-            while chunk := answer.read(1 << 16):
-                need(got or chunk.lstrip()[:1] != b"<", "a web page came instead of the file")
-                f.write(chunk)
-                got += len(chunk)
-                if sys.stdout.isatty():
-                    print(f"{path.name}  {got / 1e6:.1f} of {total / 1e6:.1f} MB", end="\r")
-        need(got >= max(total, 1), f"cut off after {got:,} of {total:,} bytes")
+        print(f"downloading {url} ({answer.headers['Content-Length']} bytes) ...", flush=True)
+        raw = answer.read()                         # an error if the connection ends early
+        need(not raw.lstrip().startswith(b"<"), "a web page came instead of the file")
+        part.write_bytes(raw)
         need(not sha256 or sha256_of(part) == sha256, f"wrong file: its sha256 is not {sha256}")
-    print(f"downloaded {url} ({got / 1e6:.1f} MB)")
 
 
 def fetch(name, urls, sha256=None, also=()):
@@ -174,7 +162,7 @@ def fetch(name, urls, sha256=None, also=()):
         try:
             download(url, DOWNLOADS / name, sha256)
             return DOWNLOADS / name
-        except (OSError, UserError, HTTPException) as e:
+        except Exception as e:                      # a connection can fail in many ways
             why += f"; {url}: {e}"
     raise Unavailable(f"{why}; put it at {DOWNLOADS / name}")
 
@@ -191,14 +179,12 @@ def read_picture(source, channels=3):
 
     What is transparent becomes white: convert("RGB") alone would show the colour that is stored
     under it, dark green in the emojis. A picture that a phone stored on its side is turned."""
-    name, file = source, source
+    name = file = source
     if isinstance(source, tuple):
-        name = source[0]
-        file = io.BytesIO(source[1])
+        name, raw = source
+        file = io.BytesIO(raw)
     try:
         with Image.open(file) as im:
-            need(im.width * im.height <= MAX_PIXELS,
-                 f"{im.width} x {im.height} are over {MAX_PIXELS:,} pixels")
             need(not im.mode.startswith("I"), "over 8 bits per channel: convert it to 8")
             im.load()
             with contextlib.suppress(Exception):    # damaged EXIF says nothing about the pixels
@@ -208,9 +194,9 @@ def read_picture(source, channels=3):
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
             im = im.convert("L" if channels == 1 else "RGB")
     except Exception as e:                          # a damaged picture raises nearly anything
-        why = str(e).split(" <")[0]                 # without the address of an object in memory
-        raise UserError(f"{name} is no readable picture ({why})") from e
-    return torch.from_numpy(np.array(im)).view(im.height, im.width, channels).permute(2, 0, 1)
+        # at the end of some texts stands an object in memory, "<_io.BytesIO object at ...>"
+        raise UserError(f"{name} is no readable picture ({str(e).split(' <')[0]})") from e
+    return torch.from_numpy(np.atleast_3d(np.array(im))).permute(2, 0, 1)
 
 
 def hidden(path):
@@ -226,9 +212,11 @@ def files_in(folder, seen):
         return
     seen.add(folder.resolve())
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not hidden(path.name):
+        if hidden(path.name):
+            continue
+        if path.is_dir():
             yield from files_in(path, seen)
-        elif path.is_file() and not hidden(path.name):      # no pipe, no link to nothing
+        elif path.is_file():                            # no pipe, no link to nothing
             yield path
 
 
@@ -246,13 +234,11 @@ def fit(x, size):
     to `size` pixels a side, antialiased."""
     h, w = x.shape[-2:]
     s = min(h, w)
-    top, left = (h - s) // 2, (w - s) // 2
-    x = x[..., top:top + s, left:left + s]
-    if s == size:
-        return x.contiguous()
-    planes = x.reshape(-1, 1, s, s).float()
+    top = (h - s) // 2
+    left = (w - s) // 2
+    planes = x[..., top:top + s, left:left + s].reshape(-1, 1, s, s).float()
     planes = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
-    return planes.round().clamp(0, 255).byte().view(*x.shape[:-2], size, size)
+    return planes.round().byte().view(*x.shape[:-2], size, size)
 
 
 def read_all(sources, size, channels=3):
@@ -268,7 +254,7 @@ def read_all(sources, size, channels=3):
         except UserError as e:
             bad.append(str(e))
     need(not bad, f"{len(bad)} of {len(sources)} pictures cannot be read, move them away: "
-         + "; ".join(bad[:20]))
+         f"{'; '.join(bad[:20])}")
     return torch.stack(rows)
 
 
@@ -281,15 +267,14 @@ def members(name, urls=()):
         for path in files_in(folder, set()):
             yield path.as_posix(), path.read_bytes()
         return
-    other = find(f"{name}.zip")
-    need(not other, f"{other} is not read: unpack it into a folder {name} beside it")
+    need(not find(f"{name}.zip"),
+         f"{name}.zip is not read: unpack it into a folder {name} beside it")
     path = fetch(f"{name}.tar.gz", urls)
     try:
         with tarfile.open(path) as tar:
             for m in filter(tarfile.TarInfo.isfile, tar):
-                need(m.size <= MAX_BYTES, f"{m.name} has over {MAX_BYTES:,} bytes")
                 if not hidden(m.name):
-                    yield m.name, tar.extractfile(m).read()
+                    yield m.name, tar.extractfile(m).read(MAX_BYTES)
     except Exception as e:                          # a damaged archive raises nearly anything
         raise UserError(f"{path} is no whole .tar.gz ({e}); move it to another place") from e
 
@@ -330,22 +315,20 @@ EYES = "gray black orange pink yellow aqua purple green brown red blue".split()
 FACES = [f"{hair} hair {eyes} eyes" for hair in HAIR for eyes in EYES]  # 11 * hair + eyes: 132
 
 
-def idx_set(folder, raw, hashes, urls, size, split):
-    """MNIST or Fashion-MNIST from folder/, packed or unpacked, or from raw/, torchvision's folder.
+def idx_set(folder, other, hashes, urls, size, split):
+    """MNIST or Fashion-MNIST from folder/, packed or unpacked, or from torchvision's other/raw/.
 
     The files are a header of fixed length, known through the hash, and the bytes. From 28 to 32
     pixels a black edge is added, so that every pixel stays as it was."""
-    part = "train" if split == "train" else "t10k"
-    arrays = []
-    for name, sha256 in hashes.items():
-        if name.startswith(part):
-            file = f"{name}-ubyte"
-            also = [f"{folder}/{file}", f"{raw}/{file}", f"{raw}/{file}.gz"]
-            path = fetch(f"{folder}/{file}.gz", [f"{url}{file}.gz" for url in urls], sha256, also)
-            arrays.append(torch.frombuffer(bytearray(content(path)), dtype=torch.uint8))
-    x = arrays[0][16:].view(-1, 1, 28, 28)
+    def read(name):
+        name = f"{'train' if split == 'train' else 't10k'}-{name}"
+        file = f"{name}-ubyte"
+        path = fetch(f"{folder}/{file}.gz", [f"{url}{file}.gz" for url in urls], hashes[name],
+                     [f"{folder}/{file}", f"{other}/raw/{file}"])
+        return torch.frombuffer(bytearray(content(path)), dtype=torch.uint8)
+    x = read("images-idx3")[16:].view(-1, 1, 28, 28)
     x = F.pad(x, (2, 2, 2, 2)) if size == 32 else fit(x, size)
-    return x, arrays[1][8:].long()
+    return x, read("labels-idx1")[8:].long()
 
 
 def emoji_set(style, size, split):
@@ -363,18 +346,14 @@ def anime_set(size, split):
     """Anime faces with a tag for hair and eyes (course data, put there by hand). Pictures without
     such a tag are left out, and every tenth of the others is the test split."""
     def build():
-        tags = {}
-        files = {}
-        for name, raw in members("anime"):
-            if name.endswith("tags.csv"):
-                line = r'^"?(\d+)"?[,;] *"?(\w+ hair \w+ eyes)"?\s*$'
-                text = raw.decode("utf-8-sig", "replace").replace("grey", "gray")
-                tags = dict(re.findall(line, text, re.M))
-            elif Path(name).suffix.lower() in KINDS:
-                files[Path(name).stem] = (name, raw)
+        files = {Path(name).stem: (name, raw) for name, raw in members("anime")}
+        _, raw = files.get("tags", ("", b""))
+        text = raw.decode("utf-8-sig", "replace").replace("grey", "gray")
+        line = r'^"?(\d+)"?[,;] *"?(\w+ hair \w+ eyes)"?\s*$'
+        tags = dict(re.findall(line, text, re.M))
         names = [name for name in files if tags.get(name) in FACES]
-        need(names, f"anime has {len(files)} pictures and none with a tag: a line of tags.csv is "
-             "N,<hair> hair <eye> eyes for images/N.jpg; or unpack it and use --data FOLDER")
+        need(names, f"anime has {len(files)} files and no picture with a tag: a line of tags.csv is"
+             " N,<hair> hair <eye> eyes for images/N.jpg; or unpack it and use --data FOLDER")
         names = held_out(sorted(names, key=int), split)
         labels = torch.tensor([FACES.index(tags[name]) for name in names])
         return read_all([files[name] for name in names], size), labels
@@ -393,11 +372,11 @@ def folder_set(folder, size, split):
     files = pictures(folder)
     kinds = {p: p.relative_to(folder).parts[0] for p in files}      # its sub-folder, or itself
     classes = sorted(set(kinds.values()))
-    if len(classes) < 2 or set(files) & set(Path(folder).iterdir()):
+    if len(classes) < 2 or any(p.name in classes for p in files):
         classes = []
     if split != "all" and len(files) >= 20:
         files = held_out(files, split)
-    stamp = [(str(p.resolve()), p.stat().st_mtime_ns, kinds[p]) for p in files]
+    stamp = [(p.resolve(), p.stat().st_mtime_ns, kinds[p]) for p in files]
     key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
 
     def build():
@@ -418,17 +397,18 @@ def draw_digits(n, seed, size):
     x = np.empty((n, 1, size, size), np.uint8)
     for i, y in enumerate(labels):
         im = Image.new("L", (96, 96))
-        pen = r.randint(1, 6)
-        ImageDraw.Draw(im).text((48, 48), str(y), 255, font(72), "mm", stroke_width=pen)
-        corners = np.array([[0, 0], [0, 96], [96, 96], [96, 0]]) + r.normal(0, 8, (4, 2))
-        im = im.transform((96, 96), Image.QUAD, corners.ravel(), Image.BILINEAR)
+        ImageDraw.Draw(im).text((48, 48), str(y), 255, font(72), "mm",
+                                stroke_width=r.randint(1, 6))
+        corners = [0, 0, 0, 96, 96, 96, 96, 0] + r.normal(0, 8, 8)      # x and y of each
+        im = im.transform((96, 96), Image.QUAD, corners, Image.BILINEAR)
         x[i, 0] = im.resize((size, size), Image.BOX)
     return x, labels.astype(np.int64)
 
 
-RGB = dict(orange="#f08c1e", white="#f6f6fa", aqua="#50e1dc", gray="#8c8e96", green="#32a546",
-           red="#cd2328", purple="#873cb4", pink="#fc96c8", blue="#2d55dc", black="#26222a",
-           brown="#7d4824", blonde="#f8d764", yellow="#f5dc14")
+# {name: colour} for hair and eyes
+RGB = dict(re.findall(r"(\w+)=(\S+)", """
+    orange=#f08c1e white=#f6f6fa aqua=#50e1dc gray=#8c8e96 green=#32a546 red=#cd2328 purple=#873cb4
+    pink=#fc96c8 blue=#2d55dc black=#26222a brown=#7d4824 blonde=#f8d764 yellow=#f5dc14"""))
 
 
 def face_ellipses(hair, eye, p):
@@ -437,19 +417,14 @@ def face_ellipses(hair, eye, p):
 
     hair, eye: colours; p: 7 numbers in [-1, 1]: position x and y, width of the face, length of the
     hair, width and height of the mouth, direction of the eyes."""
-    x = 64 + 6 * p[0]
-    y = 66 + 5 * p[1]
-    w = 34 + 3 * p[2]
-    long = 34 + 18 * p[3]
-    skin = "#fddec4"
-    look = 3 * p[6]
+    x, y, w, long, rx, ry, look = [64, 66, 34, 34, 7, 3, 0] + [6, 5, 3, 18, 4, 2, 3] * p
     ellipses = [(x, y - 12, w + 12, 42, hair), (x - w, y + 14, 14, long, hair),
-                (x + w, y + 14, 14, long, hair), (x, y + 64, 22, 34, skin), (x, y, w, 42, skin),
-                (x, y - 34, w, 22, hair)]
+                (x + w, y + 14, 14, long, hair), (x, y + 64, 22, 34, "#fddec4"),
+                (x, y, w, 42, "#fddec4"), (x, y - 34, w, 22, hair)]
     for side in (x - 16, x + 16):
         ellipses += [(side, y + 6, 12, 14, "#ffffff"), (side + look, y + 6, 10, 12, eye),
                      (side + look, y + 6, 3, 5, "#141018")]
-    return ellipses + [(x, y + 29, 7 + 4 * p[4], 3 + 2 * p[5], "#aa3c46")]
+    return ellipses + [(x, y + 29, rx, ry, "#aa3c46")]
 
 
 def draw_faces(style, n, first, size):
@@ -468,10 +443,10 @@ def draw_faces(style, n, first, size):
         r = np.random.RandomState(first + i)
         hair = r.randint(12)
         eye = r.randint(11)
-        p = r.uniform(-1, 1, 7)
         im = Image.new("RGB", (128, 128), "#5c6a80" if soft else "#fffaeb")
         draw = ImageDraw.Draw(im)
-        for cx, cy, rx, ry, colour in face_ellipses(RGB[HAIR[hair]], RGB[EYES[eye]], p):
+        ellipses = face_ellipses(RGB[HAIR[hair]], RGB[EYES[eye]], r.uniform(-1, 1, 7))
+        for cx, cy, rx, ry, colour in ellipses:
             draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), colour,
                          outline=None if soft else "black", width=3)
         im = np.array(im.resize((size, size), Image.BOX)).transpose(2, 0, 1)
@@ -512,8 +487,8 @@ def draw_ring(n, seed):
 
 # ---- load: one name, one tensor ------------------------------------------------------------------
 
-SETS = ["mnist", "fashion", "emoji-apple", "emoji-windows", "anime", "stacked", "digits", "faces-a",
-        "faces-b", "stacked-digits", "ring"]
+SETS = ("mnist fashion emoji-apple emoji-windows anime stacked digits faces-a faces-b "
+        "stacked-digits ring").split()
 
 
 def load(name, size, split="train"):
@@ -523,7 +498,6 @@ def load(name, size, split="train"):
     Returns images uint8 (N, C, size, size); labels int64 (N,), or None; the names of the classes,
     or [] (of faces the 132 FACES, label = 11 * hair + eyes). ring: uint8 (N, 2, 1, 1) whatever the
     size. Errors: Unavailable if it cannot be downloaded, UserError if it cannot be read."""
-    need(8 <= size <= 1024 or name == "ring", f"a picture size of {size} is not between 8 and 1024")
     if name not in SETS:
         return folder_set(name, size, split)
     if split == "all":
@@ -533,10 +507,10 @@ def load(name, size, split="train"):
             y = torch.cat([y, y2])
         return torch.cat([x, x2]), y, classes
     if name == "mnist":
-        return *idx_set("mnist", "MNIST/raw", MNIST, MNIST_URLS, size, split), DIGITS
+        return *idx_set("mnist", "MNIST", MNIST, MNIST_URLS, size, split), DIGITS
     if name == "fashion":
-        raw = "FashionMNIST/raw"
-        return *idx_set("fashion_mnist", raw, FASHION, FASHION_URLS, size, split), CLOTHES
+        return (*idx_set("fashion_mnist", "FashionMNIST", FASHION, FASHION_URLS, size, split),
+                CLOTHES)
     if name.startswith("emoji"):
         return *emoji_set(name[6:].capitalize(), size, split), []
     if name == "anime":
@@ -546,8 +520,8 @@ def load(name, size, split="train"):
     if name.startswith("stacked"):
         # Stacked MNIST, Metz 2017 sec. 3.3.1: three random digits as red, green and blue.
         x, y, _ = load(name[8:] or "mnist", size, split)        # stacked-digits -> digits
-        n = 60_000 if split == "train" else 10_000
-        i = np.random.RandomState(0).randint(0, len(x), (n, 3))
+        shape = 60_000 if split == "train" else 10_000, 3
+        i = np.random.RandomState(0).randint(0, len(x), shape)
         return x[i, 0], y[i] @ torch.tensor([100, 10, 1]), [f"{k:03}" for k in range(1000)]
     return *drawn_set(name, size, split), DIGITS if name == "digits" else FACES
 
@@ -572,7 +546,7 @@ def choose(names, size, split="train"):
             continue
         if name not in SETS:
             others = len([*files_in(Path(name), set())]) - len(pictures(name))
-            note += f"  ({others} other files left out)" * (others > 0)
+            note += f"  ({others} other files left out)"
         n, c, h, w = images.shape
         print(f"data     {name}: {n:,} pictures {c} x {h} x {w}{note}", flush=True)
         return name, images, labels, classes
@@ -590,8 +564,8 @@ def to_uint8(x):
 
 # ---- pictures out --------------------------------------------------------------------------------
 
-COLOURS = ["#1f77b4", "#d64541", "#2c8c3c", "#ff8c00", "#8250b4", "#14a0aa", "#825a46",
-           "#dc64aa", "#6e6e6e", "#aaaa1e", "#3c3ca0", "#000000"]
+COLOURS = ("#1f77b4 #d64541 #2c8c3c #ff8c00 #8250b4 #14a0aa #825a46 #dc64aa #6e6e6e #aaaa1e "
+           "#3c3ca0 #000000").split()
 
 
 def font(size=12):
@@ -624,9 +598,8 @@ def grid(images, columns):
     if x.shape[2] <= 32:
         x = F.interpolate(x, scale_factor=2)
     x = F.pad(x, (2, 2, 2, 2, 0, 0, 0, -len(x) % columns), value=255)   # of W, H, C, N
-    n, c, h, w = x.shape
-    page = x.view(-1, columns, c, h, w).permute(2, 0, 3, 1, 4)      # (C, rows, H, columns, W)
-    return as_image(page.reshape(c, -1, columns * w))
+    rows = [torch.cat([*row], 2) for row in x.split(columns)]
+    return as_image(torch.cat(rows, 1))
 
 
 def sheet(rows, path, left=(), top=(), title="", marks=()):
@@ -638,7 +611,7 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
     w = strips[0].width / len(rows[0])
     x0 = 12 + int(max(font().getlength(word) for word in ["", *left]))
     y0 = 4 + 20 * bool(title) + 20 * bool(top)
-    width = max(x0 + max(strip.width for strip in strips), 16 + int(font(15).getlength(title)))
+    width = x0 + max(strip.width for strip in strips)
     page = Image.new("RGB", (width, y0 + sum(strip.height for strip in strips)), "white")
     draw = ImageDraw.Draw(page)
     write(draw, (8, 12), title, 15)
@@ -656,60 +629,69 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
     return save(page, path)
 
 
-def gif(path, frames, duration=150):
-    """PNG files or Pillow images -> one looping GIF of at most 50 of them; each is shown for
-    `duration` milliseconds, the last ten times as long."""
+def gif(path, frames):
+    """PNG files or Pillow images -> one looping GIF of about 50 of them at most; each is shown for
+    150 milliseconds, the last ten times as long."""
     frames = frames[::1 + len(frames) // 50] + 9 * frames[-1:]
     pages = [(frame if isinstance(frame, Image.Image) else Image.open(frame)).convert("RGB")
              for frame in frames]
     with atomic(path) as part:
-        pages[0].save(part, "GIF", save_all=True, append_images=pages[1:], loop=0,
-                      duration=duration)
+        pages[0].save(part, "GIF", save_all=True, append_images=pages[1:], loop=0, duration=150)
 
 
 # ---- charts --------------------------------------------------------------------------------------
 
-def panel(draw, top, title, lines):
-    """One chart, its upper edge at this height of a page that is 830 pixels wide.
+def legend(draw, y, names, colours):
+    """Names behind dots in their colours, on as many lines as they need, the first at height y."""
+    x = 60
+    for name, colour in zip(names, colours):
+        if x + font().getlength(name) > 800:
+            x = 60
+            y += 14
+        draw.ellipse((x, y - 4, x + 8, y + 4), colour)
+        write(draw, (x + 12, y), name)
+        x += 30 + font().getlength(name)
 
-    lines: {name: (xs, ys)}. The vertical axis covers the 1st to the 99th percentile, so that one
-    outlier does not flatten the curves."""
-    xs, ys = np.concatenate([*lines.values()], 1)                       # (2, all points)
-    y_low, y_high = np.percentile(ys, [1, 99])
-    edge = .06 * (y_high - y_low) + .01 * abs(y_high) + 1e-6
-    low = np.array([0, y_low - edge])
-    high = np.array([xs.max(), y_high + edge])
-    scale = [754, -150] / (high - low)                                  # pixels per unit
-    for k in range(5):                                                  # five labels on each axis
-        x, y = 60 + 188.5 * k, top + 206 - 37.5 * k
-        step, value = low + (high - low) * k / 4
-        draw.line((60, y, 814, y), (225, 225, 225))
-        write(draw, (54, y), f"{value:.3g}", anchor="rm")
-        write(draw, (x, top + 212), f"{step:.0f}", anchor="mt")
-    draw.rectangle((60, top + 56, 814, top + 206), outline="black")
-    write(draw, (60, top + 14), title, 15)
-    left = 64
-    row = top + 32
-    for (name, line), colour in zip(lines.items(), COLOURS * 3):
-        width = 34 + font().getlength(name)
-        if left + width > 840:                              # the legend goes on in a second line
-            left = 64
-            row += 14
-        points = (np.transpose(line).clip(low, high) - low) * scale + [60, top + 206]   # (n, 2)
-        draw.line(points.flatten().tolist(), colour, 2)
-        draw.line((left, row, left + 16, row), colour, 4)
-        write(draw, (left + 20, row), name)
-        left += width
+
+def ticks(low, high):
+    """Three to seven round numbers from low to high, multiples of 1, 2 or 5 times a power of 10."""
+    power = 10 ** np.floor(np.log10(high - low))
+    step = next(k * power for k in (.2, .5, 1, 2) if high - low <= 6 * k * power)
+    return step * np.arange(math.ceil(low / step), high / step + 1e-6)
 
 
 def chart(path, panels):
     """Line charts one below the other, as a PNG. Returns the path.
 
-    panels: [(title, {name of a line: (steps, ys)})]."""
+    panels: [(title, {name of a line: (steps, ys)})]. A vertical axis covers the 1st to the 99th
+    percentile, so that one outlier does not flatten the curves."""
     page = Image.new("RGB", (830, 230 * len(panels) + 20), "white")
     draw = ImageDraw.Draw(page)
-    for k, (title, lines) in enumerate(panels):
-        panel(draw, 230 * k, title, lines)
+    top = 0
+    for title, lines in panels:
+        steps, ys = np.concatenate([*lines.values()], 1)                    # (2, all points)
+        end = steps.max()
+        low, high = np.percentile(ys, [1, 99])
+        edge = .06 * (high - low) + .01 * abs(high) + 1e-6
+        low -= edge
+        high += edge
+
+        def pixel(step, value):
+            return 60 + 754 * step / end, top + 206 - 150 * (value - low) / (high - low)
+
+        for step in ticks(0, end):
+            x, _ = pixel(step, low)
+            write(draw, (x, top + 212), f"{step:g}", anchor="mt")
+        for value in ticks(low, high):
+            _, y = pixel(0, value)
+            draw.line((60, y, 814, y), "lightgray")
+            write(draw, (54, y), f"{value:g}", anchor="rm")
+        draw.rectangle((60, top + 56, 814, top + 206), outline="black")
+        write(draw, (60, top + 14), title, 15)
+        legend(draw, top + 32, lines, COLOURS * 3)
+        for (steps, ys), colour in zip(lines.values(), COLOURS * 3):
+            draw.line([*map(pixel, steps, np.clip(ys, low, high))], colour, 2)
+        top += 230
     write(draw, (814, page.height - 10), "step", anchor="rm")
     return save(page, path)
 
@@ -723,19 +705,14 @@ def scatter(path, xy, groups, group_names, labels, links, title, colours):
     page = Image.new("RGB", (830, 890), "white")
     draw = ImageDraw.Draw(page)
     write(draw, (10, 14), title, 16)
-    for k, name in enumerate(group_names):
-        x = 12 + k % 6 * 135
-        y = 38 + 18 * (k // 6)
-        draw.ellipse((x, y - 4, x + 8, y + 4), colours[k])
-        write(draw, (x + 13, y), name)
+    legend(draw, 38, group_names, colours)
     points = (xy - xy.min(0)) / np.ptp(xy, 0) * [700, 760] + [40, 90]
     for i, j in links:
         draw.line((*points[i], *points[j]), "black", 2)
     for (x, y), group in zip(points, groups):
-        draw.ellipse((x - 4, y - 4, x + 4, y + 4), colours[int(group)], (60, 60, 60))
-    for k, (i, word) in enumerate(labels.items()):      # above its point and below by turns
-        x, y = points[i]
-        write(draw, (x + 7, y - 8 + 16 * (k % 2)), word)
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), colours[group], "#3c3c3c")
+    for i, word in labels.items():
+        write(draw, points[i] + [7, -8], word)
     return save(page, path)
 
 
@@ -749,12 +726,12 @@ def meet(name):
     need(os.name == "posix" and (name == "cpu" or not torch.backends.mps.is_available()),
          "torchrun works on Linux, and on a Mac with --device cpu; start this with python")
     if name != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(RANK)                 # all processes are on one machine
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
+        sys.stdout = open(os.devnull, "w", errors="replace")
 
 
 @contextlib.contextmanager
@@ -791,10 +768,10 @@ def run_main(main):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-        print(end="", flush=True)
+        sys.stdout.flush()
         return
     except UserError as e:
-        why = " ".join(str(e).split())
+        why = str(e)
     except BrokenPipeError:                     # the reader, such as `| head`, has seen enough
         os._exit(141)
     except OSError as e:
@@ -808,7 +785,7 @@ def run_main(main):
         print("\nstopped; the same command (without --resume 0) goes on from the last checkpoint, "
               "which is written every --sample-every steps")
         sys.exit(130)
-    print(f"error: {why}", file=sys.stderr)
+    print("error:", *why.split(), file=sys.stderr)
     sys.exit(2)
 
 
@@ -845,7 +822,7 @@ def arguments(Config, argv=None, presets={}, hide=(), positional=""):
             if f.name == positional:
                 parser.add_argument(f.name, nargs="*", help=field[2])
                 continue
-            group.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
+            group.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default),
                                help=f"{field[2]} (default {getattr(shown, f.name)!r})",
                                default=argparse.SUPPRESS, choices=typing.get_args(f.type) or None)
     given = vars(parser.parse_intermixed_args(argv))
@@ -855,10 +832,10 @@ def arguments(Config, argv=None, presets={}, hide=(), positional=""):
 def keep_memory():
     """Make the C library of Linux keep the memory that a step frees. Otherwise it goes back to the
     system, and every step spends time to get it again."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):       # other systems differ
+    with contextlib.suppress(Exception):                            # other systems differ
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)                   # M_MMAP_THRESHOLD: 32 MB
-        libc.mallopt(-1, (1 << 31) - 1)             # M_TRIM_THRESHOLD: 2 GB
+        libc.mallopt(-1, 1 << 30)                   # M_TRIM_THRESHOLD: 1 GB
 
 
 def device(name):
@@ -869,11 +846,9 @@ def device(name):
     need(WORLD == 1 or dist.is_initialized(), "only gan.py can run under torchrun; use python")
     keep_memory()
     try:
-        torch.zeros(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).split("\n")[0]
-        raise UserError(f"device {name} is not there ({why}); use --device cpu") from None
+        return torch.zeros(1, device=name).device
+    except Exception as e:
+        raise UserError(f"device {name} is not there ({str(e).splitlines()[0]}); use --device cpu")
 
 
 def place(net, device):
@@ -897,13 +872,6 @@ def autocast(amp, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
-def versions():
-    """The versions and the machine that a result depends on besides the seed."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                pillow=Image.__version__, gpu=gpu, threads=torch.get_num_threads())
-
-
 # ---- runs: folder, checkpoints, log --------------------------------------------------------------
 
 def run_folder(name, cfg, changes, free):
@@ -922,36 +890,31 @@ def run_folder(name, cfg, changes, free):
         need({"log", "step", "config"} <= load_checkpoint(out / "last.pt").keys(), f"{out}/last.pt "
              "is of an older version or another program; name another folder with --out")
     elif out.exists() and not all(hidden(path.name) for path in out.iterdir()):
-        need((out / "result.json").is_file(), f"{out} has files in it and no run of this program: "
-             "name another folder with --out")
         read_run(out)
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     need(os.access(DOWNLOADS, os.W_OK), f"cannot write to {DOWNLOADS}: set DOWNLOADS=FOLDER")
-    v = versions()
-    print(f"run      {out}  seed {cfg.seed}  {device(cfg.device)}  {v['threads']} threads  "
-          f"torch {v['torch']}", flush=True)
+    print(f"run      {out}  seed {cfg.seed}  {device(cfg.device)}  "
+          f"{torch.get_num_threads()} threads  torch {torch.__version__}", flush=True)
     return out
 
 
 def kept(cfg, out):
     """The data sets to choose from. A run that is resumed keeps the set that it began with, if that
     is one of cfg.data, even if a better one can be had by now; otherwise cfg.data."""
-    path = out / "last.pt"
-    if not (cfg.resume and path.is_file()):
-        return cfg.data
-    began = load_checkpoint(path)["config"].get("data")
-    if began not in choices(cfg.data):
-        return cfg.data                         # restore() will say that it is another
-    return began
+    if cfg.resume and (out / "last.pt").is_file():
+        began = load_checkpoint(out / "last.pt")["config"].get("data")
+        if began in choices(cfg.data):
+            return began
+    return cfg.data                             # restore() says so where it is another set
 
 
 def save_checkpoint(path, parts, step, cfg):
     """Networks, optimisers, log and whatever else has a state_dict, with step and config, to a
     file, atomically. Where a weight is not finite the run ends and the earlier file stays."""
     for part in parts.values():
-        if isinstance(part, torch.nn.Module):
-            if not all(p.isfinite().all() for p in part.parameters()):
-                parts["log"].blew_up(step)
+        if isinstance(part, torch.nn.Module) and not all(
+                p.isfinite().all() for p in part.parameters()):
+            parts["log"].blew_up(step)
     state = {name: part.state_dict() for name, part in parts.items()}
     save_state(path, dict(state, step=step, config=vars(cfg)))
 
@@ -976,9 +939,6 @@ def restore(parts, path, cfg, free, device):
     on the folder is known to hold a run of this program. --resume 0 first deletes the earlier
     run: its checkpoint, results and those sample pictures that its log lists. UserError where a
     setting has changed that is not in `free`, and where nothing is there to train or to resume."""
-    for part in path.parent.glob(".*.part"):
-        if part.stat().st_mtime < time.time() - 3600:       # no file takes an hour to write, so
-            part.unlink(missing_ok=True)                    # a killed run has left this one
     if not cfg.resume and path.is_file() and RANK == 0:
         grids = [f"{step:06d}.png" for step in load_checkpoint(path)["log"]["grids"]]
         for name in [*grids, "log.csv", "result.json", "last.pt"]:
@@ -1009,7 +969,7 @@ def restore(parts, path, cfg, free, device):
 
 def grad_norm(net):
     """L2 norm of all gradients of a network as one vector."""
-    return torch.stack([p.grad.norm() for p in net.parameters()]).norm()
+    return torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
 
 
 class Log:
@@ -1029,13 +989,10 @@ class Log:
         self.then = time.perf_counter()
 
     def state_dict(self):
-        return dict(rows=self.rows, grids=self.grids)
+        return dict(rows=self.rows, grids=self.grids, seconds=self.seconds)
 
     def load_state_dict(self, state):
-        self.rows = state["rows"]
-        self.grids = state["grids"]
-        if self.rows:
-            self.seconds = self.rows[-1]["seconds"]
+        vars(self).update(state)        # self.rows = state["rows"], and so on
 
     def grid(self, step):
         """The path for the sample picture of a step, 000001.png and so on; the run owns it now."""
@@ -1049,14 +1006,15 @@ class Log:
         return {name: [row[name] for row in self.rows] for name in names}
 
     def save(self, **record):
-        """result.json: this record, the table and the steps with a sample picture."""
-        record |= dict(log=self.table(), grids=self.grids)
-        write_text(self.out / "result.json", json.dumps(record, indent=1) + "\n")
+        """result.json: this record, the step, the table and the steps with a sample picture."""
+        record |= dict(step=self.last, seconds=self.seconds, log=self.table(), grids=self.grids)
+        write_text(self.out / "result.json", json.dumps(record, indent=1))
 
     def blew_up(self, step):
         """Ends a run in which a number is not finite; result.json says so to compare."""
+        self.last = step
         headline = f"blew up at {step}"
-        self.save(step=step, metrics={"blew up at": step}, headline=headline)
+        self.save(metrics={"blew up at": step}, headline=headline)
         raise UserError(f"{headline}: a loss, gradient or weight is not finite. Train anew with a "
                         "lower learning rate (--lr) in a folder of its own: without --out the name "
                         f"follows from the flags. {self.out} keeps its last good checkpoint")
@@ -1066,24 +1024,23 @@ class Log:
 
         numbers: 0-d tensors, fetched from the device all at once; batch: pictures per step. Ends
         the run as blown up unless all numbers are finite."""
-        values = torch.stack([v.detach().float() for v in numbers.values()])
+        values = torch.stack([*numbers.values()])
         if not values.isfinite().all():
             self.blew_up(step)
         numbers = dict(zip(numbers, values.tolist()))
         took = time.perf_counter() - self.then
-        steps = step - self.last
-        left = int(took / steps * (self.total - step))
+        speed = (step - self.last) / took                   # steps per second
+        left = int((self.total - step) / speed)
         self.then += took
         self.seconds += took
         self.last = step
         self.rows.append(dict(step=step, **numbers, seconds=self.seconds))
-        lines = [",".join(f"{value:.7g}" for value in row.values()) for row in self.rows]
-        write_text(self.out / "log.csv", "\n".join([",".join(self.rows[0]), *lines, ""]))
-        line = f"step {step:>{len(str(self.total))}}/{self.total}"
-        for name, value in list(numbers.items())[:4]:
-            line += f"  {name.split()[0]} {value:8.3g}"
-        line += f"  {steps * batch / took:6.0f} img/s  {left // 60}:{left % 60:02} left"
-        print(line[:100], flush=True)
+        with atomic(self.out / "log.csv") as part:
+            np.savetxt(part, [[*row.values()] for row in self.rows], "%.7g", ",",
+                       header=",".join(self.rows[0]), comments="")
+        shown = [f"{name.split()[0]} {value:8.3g}" for name, value in numbers.items()]
+        print(f"step {step:>{len(str(self.total))}}/{self.total}  {'  '.join(shown[:4])}  "
+              f"{speed * batch:6.0f} img/s  {left // 60}:{left % 60:02} left"[:100], flush=True)
 
 
 def finish(out, cfg, log, nets, metrics, panels, headline):
@@ -1102,36 +1059,35 @@ def finish(out, cfg, log, nets, metrics, panels, headline):
     if grids:
         gif(out / "training.gif", grids)
         print(f"samples  {grids[0]} ... {grids[-1].name}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     log.save(
-        command="python " + " ".join(sys.argv), config=vars(cfg), versions=versions(),
+        command=f"python {' '.join(sys.argv)}", config=vars(cfg),
+        versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__,
+                      pillow=Image.__version__, gpu=gpu, threads=torch.get_num_threads()),
         parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
-        step=log.last, seconds=log.seconds, metrics=metrics, headline=headline)
-    names = sorted(p.name for p in out.glob("[a-z]*"))
-    print(f"wrote    {out}: {' '.join(names)}")
+        metrics=metrics, headline=headline)
+    print(f"wrote    {out}:", *sorted(p.name for p in out.glob("[a-z]*")))
     print(headline)
 
 
 # ---- several runs on one sheet -------------------------------------------------------------------
 
 def read_run(folder):
-    """(metrics with step and seconds, picture of the last samples, log as columns) of a run."""
-    folder = Path(folder)
-    picture = Image.new("RGB", (400, 400), "white")             # if it blew up before the first
+    """(metrics with step and seconds, picture uint8 (3, H, W) of the last samples, log as columns)
+    of a run."""
+    picture = torch.full((3, 400, 400), 255).byte()             # if it blew up before the first
     try:
-        record = json.loads((folder / "result.json").read_text(encoding="utf-8-sig"))
-        numbers = dict(record["metrics"], step=record["step"], seconds=record.get("seconds"))
-        for grid in filter(Path.is_file, [folder / f"{step:06d}.png" for step in record["grids"]]):
-            picture = Image.open(grid).convert("RGB")
+        record = json.loads(Path(folder, "result.json").read_text(encoding="utf-8-sig"))
+        numbers = dict(step=record["step"], seconds=record["seconds"]) | record["metrics"]
+        numbers = {name: x for name, x in numbers.items() if isinstance(x, (int, float))}
+        paths = [Path(folder, f"{step:06d}.png") for step in record["grids"]]
+        for path in filter(Path.is_file, paths):
+            picture = read_picture(path)
         np.array([*record["log"].values()], float)              # columns of numbers, equally long
     except Exception as e:                          # an edited or cut file raises nearly anything
-        raise UserError(f"{folder}/result.json is no result of a finished run of this program "
-                        f"({type(e).__name__}); name another folder") from e
+        raise UserError(f"{folder} holds no finished run of this program (its result.json: "
+                        f"{type(e).__name__}); name another folder") from e
     return numbers, picture, record["log"]
-
-
-def short(value):
-    """A number for a table: 5 digits; of anything else, nothing."""
-    return f"{value:,.5g}" if isinstance(value, (int, float)) else ""
 
 
 def compare(folders, out):
@@ -1145,38 +1101,34 @@ def compare(folders, out):
         except UserError as e:
             print(f"left out: {e}")
     need(runs, "no finished run to compare; train one first")
-    names = ["step", "seconds"]
-    for numbers, _, _ in runs.values():
-        names += [name for name, value in numbers.items() if short(value) and name not in names]
-    table = ["| run | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    names = dict.fromkeys(name for numbers, _, _ in runs.values() for name in numbers)
+    rows = [["run", *names], ["---"] * (1 + len(names))]
     lines = {}
     strips = []
     for name, (numbers, picture, log) in runs.items():
-        table.append(f"| {name} | " + " | ".join(short(numbers.get(k)) for k in names) + " |")
+        rows.append([name, *[f"{numbers[k]:,.5g}" if k in numbers else "" for k in names]])
         for column in set(log) - {"step", "seconds"}:
             lines.setdefault(column, {})[name] = log["step"], log[column]
-        w, h = picture.size
-        if w == h:                                  # a grid of 8 x 8; else a sheet, shown whole
-            h = w // 8
-        picture = np.array(picture.crop((0, 0, w, h)).resize((640, 640 * h // w)))
-        strips.append(torch.from_numpy(picture).permute(2, 0, 1)[None])
+        _, h, w = picture.shape                     # a grid of 8 x 8; else a sheet, shown whole
+        strips.append(picture[None, :, :h // 8 if h == w else h])
     sheet(strips, f"{out}.png", list(runs))
     if lines:
         chart(f"{out}-curves.png", sorted(lines.items()))
-    write_text(f"{out}.md", "\n".join(table) + "\n")
-    return "\n".join(table)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    write_text(f"{out}.md", table)
+    return table
 
 
-def tile(folders, out, columns=4):
+def tile(folders, out):
     """The sample pictures of several runs of the same length side by side: the last ones on
     <out>.png, and those of each step as one frame of <out>.gif."""
     frames = []
-    for picture in sorted(Path(folders[0]).glob("[0-9]" * 6 + ".png")):
+    for picture in sorted(Path(folders[0]).glob("[0-9]*.png")):
         pages = [read_picture(Path(folder, picture.name)) for folder in folders]
-        frames.append(grid(torch.stack(pages), columns))
+        frames.append(grid(torch.stack(pages), 4))
     need(frames, f"{folders[0]} has no sample pictures; train it first")
     save(frames[-1], f"{out}.png")
-    gif(f"{out}.gif", frames, 100)
+    gif(f"{out}.gif", frames)
 
 
 @dataclasses.dataclass
@@ -1188,16 +1140,15 @@ class Command:
 
 def main(argv=None):
     """The command line."""
-    commands = dict(compare=Command, tile=Command)
-    do, changes = arguments(Command, argv, commands, positional="runs")
+    do, changes = arguments(Command, argv, dict(compare=Command, tile=Command), positional="runs")
     a = Command(**changes)
     need(a.runs, f"{do} which runs? python data.py --help has an example")
     if do == "tile":
         tile(a.runs, a.out)
         print(f"wrote {a.out}.png {a.out}.gif")
-        return
-    print(compare(a.runs, a.out))
-    print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")
+    else:
+        print(compare(a.runs, a.out))
+        print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")
 
 
 if __name__ == "__main__":

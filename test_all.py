@@ -56,28 +56,18 @@ posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signa
 
 # ---- helpers -------------------------------------------------------------------------------------
 
-def golden(name):
-    """A file of reference numbers; after this, `import recipe` finds how they were made."""
-    path = SHARED / "golden" / f"{name}.json"
-    if not path.exists():
-        pytest.skip("no ../shared/golden")
-    sys.path.append(str(path.parent))
-    return json.loads(path.read_text())
-
-
 def recipe(shapes, seed):
     """{key: shape} -> {key: float32 array}: the weights that a network has for the reference
     numbers. They come from one NumPy stream, in the order of the sorted keys, so that a few numbers
     of the output pin down the whole network. weight_u, weight_v: the top singular vectors."""
     stream = np.random.RandomState(seed)
     state = {}
-    for key in sorted(shapes):
-        shape = tuple(shapes[key])
+    for key, shape in sorted(shapes.items()):
         n = stream.standard_normal(shape)
         leaf = key.split(".")[-1]
-        if leaf.startswith("running_var"):
+        if "running_var" in leaf:
             n = .7 + .7 / (1 + np.exp(-n))
-        elif leaf.startswith("running_mean"):
+        elif "running_mean" in leaf:
             n = .3 * n
         elif leaf == "gamma":
             n = .7 + 0 * n
@@ -88,16 +78,18 @@ def recipe(shapes, seed):
         elif leaf in ("weight", "weight_orig") and "embeddings" not in key:
             n = n * (2 / np.prod(shape[1:])) ** .5              # He-normal
         state[key] = n.astype(np.float32)
-    for key in [key for key in state if key.endswith("weight_orig")]:
-        W = state[key].astype(float).reshape(shapes[key][0], -1)
-        u = state[key[:-4] + "u"]
-        for _ in range(100):                                    # power iteration
-            v = W.T @ u
-            v /= np.linalg.norm(v)
-            u = W @ v
-            u /= np.linalg.norm(u)
-        state[key[:-4] + "u"] = u.astype(np.float32)
-        state[key[:-4] + "v"] = v.astype(np.float32)
+    for key, W in list(state.items()):
+        if key.endswith("weight_orig"):
+            W = W.astype(float).reshape(len(W), -1)
+            vector = key[:-4]
+            u = state[vector + "u"]
+            for _ in range(100):                                # power iteration
+                v = W.T @ u
+                v /= np.linalg.norm(v)
+                u = W @ v
+                u /= np.linalg.norm(u)
+            state[vector + "u"] = u.astype(np.float32)
+            state[vector + "v"] = v.astype(np.float32)
     return state
 
 
@@ -108,8 +100,8 @@ def dozen(x):
 
 def digest(shapes):
     """{key: shape} -> sha256 of all names and shapes, in the order of the sorted keys."""
-    lines = [f"{key} {list(shapes[key])}" for key in sorted(shapes)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    text = "\n".join(f"{key} {list(shape)}" for key, shape in sorted(shapes.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +126,7 @@ def in_tmp(tmp_path, downloads, monkeypatch):
     """Each test in a folder of its own, without DATA_DIR and mirrors, from one seed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "DOWNLOADS", downloads)
-    monkeypatch.delenv("DATA_DIR", raising=False)
+    monkeypatch.setenv("DATA_DIR", "")
     monkeypatch.setenv("DOWNLOADS", str(downloads))
     for script, urls in (data, "MNIST_URLS"), (fid, "WEIGHTS_URLS"), (biggan_interp, "URLS"):
         monkeypatch.setattr(script, urls, ["file:///nowhere/"])
@@ -168,7 +160,7 @@ def assert_same_bits(*paths):
 
 def images(n=40, channels=1, size=32):
     """Random pictures."""
-    return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8)
+    return torch.randint(256, (n, channels, size, size)).byte()
 
 
 # ---- gan.py: networks ----------------------------------------------------------------------------
@@ -597,38 +589,33 @@ def test_compare_and_a_run_that_blows_up():
     each one's samples, their curves over each other."""
     line = "gan.py mlp --data digits --h 4 --log-every 1 --samples 200 --out "
     run(line + "sound --steps 2")
-    assert "lower learning rate" in run(line + "sick --loss lsgan --lr 1e9", code=2)
-    assert data.load_checkpoint("sick/last.pt")["step"] == 1
-    record = json.loads(Path("sick/result.json").read_text())
-    assert record["log"]["step"][0] == 1 and record["grids"] == [1]
+    assert "lower learning rate" in run(line + "wild --loss lsgan --lr 30", code=2)
+    assert data.load_checkpoint("wild/last.pt")["step"] == 1
     shutil.copytree("sound", "more/sound")              # the same last name, another run
-    done = run("data.py compare sound sick more/sound --out both")
-    assert "| more/sound | 2 |" in done
-    assert "| sound | 2 |" in done and "| blew up at |\n" in done
+    done = run("data.py compare sound wild more/sound --out both")
+    assert "| more/sound | 2 |" in done and "| sound | 2 |" in done and "| blew up at |\n" in done
     assert Path("both.md").read_text() in done
-    assert Image.open("both.png").height == 3 * 84 + 4
+    assert Image.open("both.png").height == 3 * 72 + 4
 
 
 @parametrize("changes", [
     dict(preset="wgan", decay=1, d_lr=.1), dict(preset="text2img", amp=1, sn="D"),
     dict(preset="emoji", modern=1, d_h=4, ema=.9)])
 def test_resumed_is_uninterrupted_to_the_bit(changes):
-    """A run that ends in step 6 goes on from step 3. And the last rate; clipped weights."""
+    """A run that ends in step 6 goes on from step 3. And the last rate."""
     cfg = small(**changes, steps=6, sample_every=3)
     x = images(40, cfg.channels, gan.NETS[cfg.net][1])
-    y = torch.arange(40)
-    game = partial(gan.train, cfg, x, y)
+    game = partial(gan.train, cfg, x, torch.arange(40))
     game(Path("whole"), CPU)
-    with mock.patch.object(data, "save", side_effect=[0, 0, KeyboardInterrupt]):
-        with pytest.raises(KeyboardInterrupt):
-            game(Path("parts"), CPU)
+    stop = mock.patch.object(data, "save", side_effect=[0, 0, KeyboardInterrupt])
+    with stop, pytest.raises(KeyboardInterrupt):
+        game(Path("parts"), CPU)
     *_, log = game(Path("parts"), CPU)
     assert [row["step"] for row in log.rows] == [1, 2, 3, 4, 5, 6]
     assert_same_bits("whole/last.pt", "parts/last.pt")
-    saved = data.load_checkpoint("whole/last.pt")
-    for opt, lr in ("opt_G", cfg.lr), ("opt_D", cfg.d_lr or cfg.lr):
-        assert saved[opt]["param_groups"][0]["lr"] == approx(lr / 3 if cfg.decay else lr)
-    assert not cfg.clip or saved["D"]["0.weight"].max() == approx(cfg.clip)
+    optimiser = data.load_checkpoint("whole/last.pt")["opt_D"]
+    lr = (cfg.d_lr or cfg.lr) / (3 if cfg.decay else 1)
+    assert optimiser["param_groups"][0]["lr"] == approx(lr)
 
 
 @posix
@@ -665,10 +652,8 @@ def test_two_ranks_equal_one():
 def test_ring_runs(changes):
     """Its pictures show D's output, its GIF moves, its last line counts. Two runs on one sheet."""
     line = f"gan.py ring --steps 3 --sample-every 1 --samples 200 {changes} --out "
-    done = [run(line + name) for name in ("a", "b --seed 1")]
-    assert all(re.search(r"\n\d of 8 modes, \d+% good\n$", text) for text in done)
-    page = Image.open("a/000003.png")
-    assert page.size == (240, 240)
+    done = run(line + "a") + run(line + "b --seed 1")
+    assert len(re.findall(r"\n\d of 8 modes, \d+% good\n", done)) == 2
     run("data.py tile a b --out both")
     assert Image.open("both.png").size == (4 * 244, 244) and Image.open("both.gif").n_frames > 1
 
@@ -680,12 +665,10 @@ def test_learns_the_ring():
 
 
 def test_learns_digits():
-    """400 steps: the FID falls below a third of the untrained generator's; most digits occur."""
-    found = []
-    for steps in (1, 400):
-        run(f"gan.py speedrun --data digits --samples 1000 --steps {steps} --out {steps}")
-        found.append(data.read_run(str(steps))[0])
-    assert found[1]["fid"] < found[0]["fid"] / 3 and found[1]["modes"] >= 6, found
+    """400 steps: the FID, about 98 of an untrained generator, falls below 33; most digits occur."""
+    run("gan.py speedrun --data digits --samples 1000 --steps 400 --out run")
+    found = data.read_run("run")[0]
+    assert found["fid"] < 33 and found["modes"] >= 6, found
 
 
 def test_a_run_writes_what_it_promises():
@@ -694,19 +677,15 @@ def test_a_run_writes_what_it_promises():
     line = "gan.py text2img --data faces-a --h 4 --steps 2 --batch 4 --samples 200 --out run "
     assert ("wrote    run: conditions.png curves.png interpolation.png labels.npy last.pt log.csv "
             "neighbours.png result.json samples.npy training.gif\nFID") in run(line + "--dump 150")
-    assert np.load("run/samples.npy").shape == (150, 64, 64, 3) and Path("run/000002.png").exists()
+    assert np.load("run/samples.npy").shape == (150, 64, 64, 3)
     ends = np.asarray(Image.open("run/interpolation.png")) == (255, 0, 0)
     assert ends.all(2).any()                        # beyond them pictures are framed red
-    assert "wrote run/prompt.png" in run(line + "--prompt 'red hair blue eyes'")
     before = Path("run/result.json").stat().st_mtime_ns
+    assert "wrote run/prompt.png" in run(line + "--prompt 'red hair blue eyes'")
     assert run(line + "--draw 12").endswith("12 pictures to run/drawn, and all on run/drawn.png\n")
-    assert len(os.listdir("run/drawn")) == 12 and Image.open("run/drawn/00012.png").size == (64, 64)
-    assert Path("run/result.json").stat().st_mtime_ns == before
-    assert "step " not in run(line)
-    first, *lines, last = run("fid.py run --json 1 --n 120").splitlines()
-    r = json.loads(last)
-    assert first.startswith("features classifier") and "not with Inception" in r["scale"]
-    assert lines[-1] == fid.line(r)
+    assert len(os.listdir("run/drawn")) == 12
+    assert Path("run/result.json").stat().st_mtime_ns == before and "step " not in run(line)
+    r = json.loads(run("fid.py run --json 1 --n 120").splitlines()[-1])
     assert r["n"] == r["floor_n"] == sum(r["counts"]) == 120
     G, D = build("text2img", h=4)
     G.load_state_dict(data.load_checkpoint("run/last.pt")["G_ema"])
@@ -714,40 +693,25 @@ def test_a_run_writes_what_it_promises():
 
 
 def test_a_run_owns_what_it_wrote_and_nothing_else():
-    """What others put beside a run stays, also with --resume 0; log.csv is not read; of files that
-    end in .part only those are removed that no living process can be writing."""
+    """What others put beside a run stays, also with --resume 0; log.csv is not read."""
     line = "gan.py mlp --data digits --h 4 --samples 200 --out run --steps "
     assert "samples  run/000001.png ... 000003.png\n" in run(line + "3")
-    names = ["000777.png", "notes.txt", ".last.pt.1.part", ".last.pt.2.part", "log.csv"]
-    for name in names:
+    for name in ["000777.png", "notes.txt", "log.csv"]:
         Path("run", name).write_text("other")
-    os.utime("run/.last.pt.2.part", (0, 0))
     assert "resumed" in run(line + "3")
     run(line + "2 --resume 0")
-    texts = {path.name: path.read_bytes() for path in Path("run").iterdir()}
-    assert [name for name in names if texts.get(name) == b"other"] == names[:3]
-    assert "000002.png" in texts and "000003.png" not in texts
+    assert Path("run/000777.png").read_text() == Path("run/notes.txt").read_text() == "other"
+    assert Path("run/000002.png").exists() and not Path("run/000003.png").exists()
 
 
 def test_results_that_somebody_edited(capsys):
     """Each is left out of the comparison, which goes on."""
-    whole = '{"step": 1, "metrics": {"fid": 2}, "grids": [], "log": {"step": [1], "D": [3]}}'
-    texts = ["\ufeff" + whole, "{", "[]", "[" * 99999, whole.replace("[1]", "[1, 2]"), "caf\udce9"]
-    for i, text in enumerate(texts):
-        Path(f"{i}").mkdir()
-        Path(f"{i}/result.json").write_text(text, "utf-8", "surrogateescape")
-    assert data.compare([*"012345", "nowhere"], "all").endswith("|\n| 0 | 1 |  | 2 |")
-    assert capsys.readouterr().out.count("left out: ") == 6
-
-
-@parametrize("main, says", [
-    (lambda: torch.empty(1 << 60), "error: out of memory: give a smaller --batch"),
-    (lambda: open("nowhere/x"), "error: nowhere/x: No such file")])
-def test_errors_of_the_system_are_one_line(main, says, capsys):
-    """Too little memory, a folder that is not there."""
-    with pytest.raises(SystemExit, match="2"):
-        data.run_main(main)
-    assert capsys.readouterr().err.startswith(says)
+    whole = ('{"step": 1, "seconds": 9, "metrics": {"fid": 2}, "grids": [], '
+             '"log": {"step": [1], "D": [3]}}')
+    for i, text in enumerate(["\ufeff" + whole, "{", "[" * 99999, whole.replace("[1]", "[1, 2]")]):
+        data.write_text(f"{i}/result.json", text)
+    assert data.compare("0123", "all").endswith("|\n| 0 | 1 | 9 | 2 |")
+    assert capsys.readouterr().out.count("left out: ") == 3
 
 
 @posix
@@ -769,14 +733,14 @@ def test_environment(line, says):
     assert not Path("last.pt").exists()
 
 
-def test_the_line_of_a_step_has_100_columns():
+def test_the_line_of_a_step_has_100_columns(capsys):
     """Whatever the numbers; those that do not fit stand in log.csv."""
     names = ["D", "G", "cycle a", "D(G(z)) before", "more"]
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        log = data.Log(Path(), 10 ** 7)
-        log.write(10 ** 7, 10 ** 9, **{name: torch.tensor(-1.2345e20) for name in names})
-    assert len(out.getvalue()) <= 101 and out.getvalue().count("-1.23e+20") == 4
-    assert "  D(G(z)) -1" in out.getvalue() and "more" in Path("log.csv").read_text()
+    log = data.Log(Path(), 10 ** 7)
+    log.write(10 ** 7, 10 ** 9, **dict.fromkeys(names, torch.tensor(-1.2345e20)))
+    said = capsys.readouterr().out
+    assert len(said) <= 101 and said.count("-1.23e+20") == 4 and "  D(G(z)) -1" in said
+    assert "more" in Path("log.csv").read_text()
 
 
 def test_help_of_a_preset_shows_its_own_values():
@@ -789,45 +753,30 @@ def test_help_of_a_preset_shows_its_own_values():
     ("gan.py gcdan", "invalid choice: 'gcdan'"),
     ("gan.py dcgan --lr nan", "--lr nan must be positive"),
     ("gan.py dcgan --batch 1", "--batch 1 must be"),
+    ("gan.py mlp --data digits --batch 9999999999999999", "memory: give a smaller --batch"),
     ("gan.py dcgan --steps 0", "needs out/dcgan/last.pt"),
-    ("gan.py dcgan --data digits --out one --resume 0", "no run of this program: name another"),
-    ("gan.py dcgan --data digits --out foreign --resume 0", "another program; name another"),
-    ("gan.py dcgan --data digits --seed 9999999999999999999999", "not between -9e12 and 9e12"),
+    ("gan.py dcgan --out one --resume 0", "no finished run of this program"),
+    ("gan.py dcgan --out foreign --resume 0", "another program; name another"),
+    ("gan.py dcgan --out evil", "no readable checkpoint"),
+    ("gan.py dcgan --seed 9999999999999999999999", "not between -9e12 and 9e12"),
     ("gan.py text2img --prompt 'mauve hair red eyes'", "orange white aqua"),
     ("gan.py dcgan --data nowhere", "no data set, folder or picture nowhere"),
-    ("gan.py dcgan --data empty", "holds no picture"),
-    ("gan.py dcgan --data broken", "no readable picture"),
-    ("gan.py dcgan --data digits --out empty/file", "name another folder"),
-    ("gan.py dcgan --data digits --device cuda:9", "use --device cpu"),
-    ("gan.py dcgan --data digits --out empty", "no readable checkpoint"),
+    ("gan.py dcgan --device cuda:9", "use --device cpu"),
     ("gan.py dcgan --data digits --out wide", "with h 8, not 16"),
     ("gan.py dcgan --data digits --out wide --h 8 --steps 9", "fallen as for --steps 5000"),
-    ("data.py compare nowhere", "no finished run"),
     ("cyclegan.py --a x", "--b"),
     ("cyclegan.py --model unit --identity 1", "UNIT has"),
     ("cyclegan.py --translate x.png --out wide", "no checkpoint of"),
     ("biggan_interp.py --truncation 0", "truncation"),
     ("biggan_interp.py --model published", "--model small"),
-    ("fid.py floats.npy digits:test --data digits", "convert"),
-    ("fid.py digits:test broken/a.npy", "no readable .npy"),
-    ("fid.py digits:test one.npy", "at least 4 and 8"),
-    ("fid.py digits:test colour.npy", "pictures must be uint8 (N, C, H, W), grey"),
-    ("fid.py digits wide", "--dump"),
-    ("fid.py digits:test colour.npy --features inception", "--features classifier"),
-])
+    ("fid.py digits wide", "--dump")])
 def test_bad_input_is_one_line(line, says):
     """error: ... on stderr, exit code 2, and nothing half-written."""
-    for name in ("broken/a.png", "broken/a.npy", "empty/file"):
-        data.write_text(name, "half")
-    torch.save(Evil(), "empty/last.pt")
-    parts = dict(log=data.Log(Path(), 1))
+    data.save_state("evil/last.pt", Evil())
     cfg = gan.config("dcgan", data="digits", h=8, augment=0)
-    data.save_checkpoint("wide/last.pt", parts, 1, cfg)
+    data.save_checkpoint("wide/last.pt", dict(log=data.Log(Path(), 1)), 1, cfg)
     data.save(Image.new("RGB", (40, 40)), "one/000001.png")
     data.save_state("foreign/last.pt", dict(model=0, log=3))
-    np.save("floats.npy", np.zeros((9, 8, 8)))
-    for name, shape in dict(one=(1, 32, 32), colour=(9, 32, 32, 3)).items():
-        np.save(name, np.zeros(shape, np.uint8))
     assert says in run(line, code=2) and not Path("pwned").exists()
     assert not {path.suffix for path in Path().rglob("*")} & {".part", ".json"}
     assert Path("one/000001.png").exists() and Path("foreign/last.pt").exists()
@@ -846,15 +795,14 @@ class Evil:
 def test_mnist_in_its_layouts(place, pack, monkeypatch):
     """Unpacked, packed again, in torchvision's folder: known by its content. Another set of the
     same name is neither read nor called damaged."""
-    pixels = bytes(16 + 784) + b"\1" * 784
-    for name, raw in ("images-idx3", pixels), ("labels-idx1", b"8 bytes.37"):
-        path = Path(place, f"t10k-{name}-ubyte" + ".gz" * (pack is gzip.compress))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pack(raw))
+    Path(place).mkdir(parents=True)
+    for name in "images-idx3", "labels-idx1":
+        path = Path(f"{place}/t10k-{name}-ubyte{'' if pack == bytes else '.gz'}")
+        path.write_bytes(pack(bytes(800)))          # a header of 16 bytes, or of 8
         monkeypatch.setitem(data.MNIST, f"t10k-{name}", data.sha256_of(path))
     monkeypatch.setenv("DATA_DIR", ".")
     x, y, _ = load("mnist", 28, "test")
-    assert x.float().mean((1, 2, 3)).tolist() == [0, 1] and y.tolist() == [ord("3"), ord("7")]
+    assert len(x) == 1 and len(y) == 792
     path.write_bytes(b"KMNIST")
     with refused(match="another file than expected, which is .*t10k-labels"):
         load("mnist", 28, "test")
@@ -865,102 +813,75 @@ def test_mistake_8_convert_rgb_shows_what_is_transparent():
     im = Image.new("RGBA", (40, 20), (0, 90, 0, 0))
     im.save("x.png")
     assert im.convert("RGB").getpixel((0, 0)) == (0, 90, 0)
-    x = data.read_picture("x.png")
-    assert x.shape == (3, 20, 40) and (x == 255).all()
-    Image.new("P", (8, 8), 0).save("p.png", transparency=0)
-    assert (data.read_picture("p.png", 1) == 255).all()
+    assert data.read_picture("x.png").unique().tolist() == [255]
 
 
 @posix
-def test_folders_as_people_have_them(monkeypatch, capsys):
-    """Sub-folders, also linked ones, are classes; hidden files, pipes, dangling links, links that
-    lead back and a folder with the name of a picture are passed over; a comma in the name."""
+def test_folders_as_people_have_them(capsys):
+    """Sub-folders, also linked ones, are classes; hidden files, dangling links, links that lead
+    back and a folder with the name of a picture are passed over; a comma in the name."""
     pets = Path("cats, dogs")
-    for folder in pets / "blue", Path("red"):
-        for i in range(15):
-            path = folder / f"{i}.{['JFIF', 'TIF', 'pgm'][i % 3]}"
-            data.write_text(folder / f"._{path.name}", "made by a Mac")
-            Image.new("L", (50 + i, 40), 255 * (folder == Path("red"))).save(
-                path, ["JPEG", "TIFF", "PPM"][i % 3])
-    for name in "__MACOSX/a/1.png", "blue/readme.txt", "blue/holiday.jpg/notes.txt":
+    for name in "__MACOSX/1.png", "blue/a.txt", "blue/holiday.jpg/notes.txt", "../red/._1.png":
         data.write_text(pets / name, "no picture")
+    for i in range(15):
+        name = f"{i}.{['JPG', 'TIF', 'pgm'][i % 3]}"
+        Image.new("L", (50 + i, 40), 0).save(pets / "blue" / name)
+        Image.new("L", (50, 40 + i), 255).save(f"red/{name}")
     for name, target in dict(red="../red", back=".", gone="nowhere.png").items():
         (pets / name).symlink_to(target)
-    os.mkfifo(pets / "blue/pipe.png")
     _, x, y, classes = data.choose("cats, dogs", 32)
     assert "27 pictures 3 x 32 x 32  (2 other files left out)" in capsys.readouterr().out
     assert classes == ["blue", "red"] and torch.equal(x[:, 0, 9, 9], 255 * y.byte())
-    assert len(load(pets, 32, "test")[0]) == 3
     cfg = gan.config("dcgan", data="cats, dogs/")
     assert str(data.run_folder("x", cfg, ["data"], ())) == "out/x-datacats++dogs"
-    assert cfg.data == "cats, dogs"
-    monkeypatch.setattr(data, "MAX_PIXELS", 1000)
-    with refused(match="30 of 30 pictures.*over 1,000 pixels"):
-        load(pets, 16, "all")
 
 
 def test_pictures_as_people_have_them():
     """Damaged EXIF and megabytes of text say nothing about the pixels; a clear EXIF turns; of many
     pictures with some damaged the line names how many and which."""
-    im = Image.new("RGB", (50, 30), "red")
+    im = Image.new("RGB", (50, 30))
     info = PngImagePlugin.PngInfo()
     info.add_itxt("workflow", "x" * 2_000_000, zip=True)
     im.save("text.png", pnginfo=info, exif=b"\xff" * 20)
-    assert data.read_picture("text.png", 1).shape == (1, 30, 50)
     turn = Image.Exif()
     turn[0x112] = 6                             # as a phone that is held upright stores it
     im.save("turned.jpg", exif=turn)
     assert data.read_picture("turned.jpg").shape == (3, 50, 30)
-    Path("page.jpg").write_text("<html>")
-    Path("cut.jpg").write_bytes(Path("turned.jpg").read_bytes()[:-99])
-    with refused(match="2 of 4 pictures cannot be read.*: cut.jpg .*; page.jpg is no readable"):
-        data.read_all(["cut.jpg", "text.png", "page.jpg", "turned.jpg"], 32)
+    cut = Path("turned.jpg").read_bytes()[:-99]
+    with refused(match="2 of 3 pictures cannot be read.*: cut.jpg .*; text is no readable"):
+        data.read_all([("cut.jpg", cut), "text.png", ("text", b"<html>")], 32)
 
 
 def test_archives(monkeypatch):
-    """Tagged faces from an archive that a Mac has packed, tags with BOM and header; what is too
-    large, cut or a zip is named."""
+    """Tagged faces from an archive that a Mac has packed, tags with a BOM; one that is cut is
+    named."""
     monkeypatch.setattr(data, "DOWNLOADS", Path())
+    tags = "\ufeff"
     for i in range(20):
-        data.save(Image.new("RGB", (64, 64), "red"), f"anime/images/{i}.PNG")
-    tags = "\n".join(f"{i},aqua hair red eyes" for i in range(20))
-    data.write_text("anime/tags.csv", "\ufeff" + tags)
-    data.write_text("anime/zip/._tags.csv", "made by a Mac")
+        data.save(Image.new("RGB", (64, 64)), f"anime/images/{i}.PNG")
+        tags += f"{i},aqua hair red eyes\n"
+    data.write_text("anime/tags.csv", tags)
+    data.write_text("anime/zip/._tags.csv", "")
     path = Path(shutil.make_archive("anime", "gztar", base_dir="anime"))
-    shutil.make_archive("anime", "zip", base_dir="anime")
     shutil.rmtree("anime")
-    with refused(match="anime.zip is not read: unpack it"):
-        load("anime", 32)
-    os.remove("anime.zip")
     assert load("anime", 32)[1].tolist() == 18 * [data.FACES.index("aqua hair red eyes")]
-    with mock.patch.object(data, "MAX_BYTES", 10), refused(match="over 10 bytes"):
-        load("anime", 64)
     path.write_bytes(path.read_bytes()[:-200])
     with refused(match="no whole .tar.gz"):
         load("anime", 64)
 
 
-class Answer(io.BytesIO):
-    """What a mirror sends; it announces four bytes."""
-    headers = {"Content-Length": "4"}
-
-
 def test_downloads_try_mirrors_and_keep_nothing_bad(monkeypatch):
-    """Nothing there, cut, a page, another hash: the next mirror; none left: one line and nothing on
-    disk. Another file on disk is not read."""
-    sent = {"cut": b"da", "page": b"<htm", "other": b"data", "whole": b"good"}
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Answer(sent[url])
-                        if url in sent else open(url))
-    monkeypatch.setattr(data, "DOWNLOADS", Path("dl"))
-    good = hashlib.sha256(b"good").hexdigest()
-    with pytest.raises(data.Unavailable, match="No such.*cut off.*web page.*wrong file.*at dl/x"):
-        data.fetch("x", ["none", "cut", "page", "other"], good)
-    assert not os.listdir("dl")
-    path = data.fetch("x", ["page", "whole"], good)
-    assert path.read_bytes() == b"good" and data.fetch("x", [], good) == path
-    path.write_bytes(b"data")
-    with refused(match="cut off or another file"):
-        data.fetch("x", ["whole"], good)
+    """Nothing there, a page, another hash: the next mirror; none left: one line and nothing on
+    disk."""
+    monkeypatch.setattr(data, "DOWNLOADS", Path("downloads"))
+    for name in "<htm", "data", "good":
+        Path(name).write_text(name)
+    *bad, good = [Path(name).absolute().as_uri() for name in ("none", "<htm", "data", "good")]
+    sha256 = data.sha256_of("good")
+    with pytest.raises(data.Unavailable, match="No such.*web page.*wrong file.*at downloads/x"):
+        data.fetch("x", bad, sha256)
+    assert not os.listdir("downloads")
+    assert data.fetch("x", [*bad, good], sha256).read_text() == "good"
 
 
 def test_offline_a_run_keeps_the_set_it_began_with(capsys):
@@ -970,64 +891,51 @@ def test_offline_a_run_keeps_the_set_it_began_with(capsys):
     assert data.kept(gan.config("dcgan"), Path()) == "digits"
 
 
-def test_atomic_files_survive_errors():
-    """A block that fails leaves the old file and no other."""
-    data.write_text("x", "old")
-    with pytest.raises(ValueError), data.atomic("x") as part:
-        part.write_text("half")
-        raise ValueError
-    assert Path("x").read_text() == "old" and os.listdir() == ["x"]
-
-
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="no ../shared/data")
 def test_real_sets(monkeypatch):
     """All can be read; MNIST is padded, not resampled."""
     monkeypatch.setenv("DATA_DIR", str(SHARED / "data"))
-    for name, n in ("mnist", 60_000), ("fashion", 60_000), ("emoji-apple", 2270):
-        assert len(load(name, 32)[0]) == n
-    assert len(load("anime", 64, "test")[0]) == 888
-    padded = load("mnist", 32, "test")[0]
-    plain = load("mnist", 28, "test")[0]
-    assert torch.equal(padded[..., 2:-2, 2:-2], plain)
+    sets = [load(name, 32, "test")[0] for name in ("mnist", "fashion", "emoji-apple", "anime")]
+    assert [*map(len, sets)] == [10_000, 10_000, 100, 888]
+    assert torch.equal(sets[0][..., 2:-2, 2:-2], load("mnist", 28, "test")[0])
 
 
 def test_drawn_sets():
     """Seeded; the two styles show the same faces, in the colour of their label; three digits are
     stacked under the label that they spell; points of the ring lie around their centres."""
-    a, y = data.draw_faces("a", 5, 7, 32)
-    b, _ = data.draw_faces("b", 5, 7, 32)
-    assert np.array_equal(a[2:], data.draw_faces("a", 3, 9, 32)[0])
-    assert ["#%02x%02x%02x" % (*hair,) for hair in b[:, :, 8, 16]] == [
-        data.RGB[data.HAIR[k // 11]] for k in y]
+    _, labels = data.draw_faces("a", 5, 7, 32)
+    x, y = data.draw_faces("b", 3, 9, 32)
+    assert y.tolist() == labels[2:].tolist()
+    for face, k in zip(x, y):
+        assert "#%02x%02x%02x" % (*face[:, 8, 16],) == data.RGB[data.HAIR[k // 11]]
     x, y, classes = load("stacked-digits", 32, "test")
     digits, labels, _ = load("digits", 32, "test")
-    channels = zip(x[:5].flatten(0, 1), "".join(classes[k] for k in y[:5]))
-    assert all((digits[labels == int(k), 0] == c).all((1, 2)).any() for c, k in channels)
-    distance, nearest = torch.cdist(data.to_float(load("ring", 1)[0])[..., 0, 0], data.RING).min(1)
-    assert len(x) == 10_000 and len(classes) == 1000
+    for channel, k in zip(x[0], classes[y[0]]):
+        assert (digits[labels == int(k), 0] == channel).all((1, 2)).any()
+    ring = data.to_float(load("ring", 1)[0])[..., 0, 0]
+    distance, nearest = torch.cdist(ring, data.RING).min(1)
     assert nearest.bincount().min() > 2300 and distance.mean() == approx(.02 * 1.2533, rel=.02)
-
-
-def test_gif_takes_pictures_and_files():
-    """At most about 50 of them, the last one held."""
-    frames = [Image.new("RGB", (9, 9), (i, 0, 0)) for i in range(120)]
-    data.gif("x.gif", [data.save(frames[0], "0.png"), *frames], duration=100)
-    assert 30 < Image.open("x.gif").n_frames < 55
 
 
 def test_networks_stay_contiguous_on_apples_gpus():
     """There the gradient of batch norm is wrong in channels_last, which is faster elsewhere."""
     net = mock.Mock()
-    for device, layout in ("mps", torch.contiguous_format), ("cpu", torch.channels_last):
-        data.place(net, device)
-        net.to.assert_called_with(device, memory_format=layout)
+    data.place(net, "mps")
+    net.to.assert_called_with("mps", memory_format=torch.contiguous_format)
 
 
 def test_mistake_9_pictures_that_do_not_match_tanh():
     """uint8 -> [-1, 1] and back without loss; [0, 1] would leave half of tanh's range idle."""
-    x = torch.arange(256, dtype=torch.uint8)
+    x = torch.arange(256).byte()
     assert data.to_float(x)[[0, -1]].tolist() == [-1, 1]
     assert torch.equal(data.to_uint8(data.to_float(x)), x)
+
+
+def test_labels_of_axes_are_round():
+    """1, 2 or 5 times a power of ten apart."""
+    assert data.ticks(0, 5000).tolist() == [0, 1000, 2000, 3000, 4000, 5000]
+    assert data.ticks(-.35, .17).tolist() == approx([-.3, -.2, -.1, 0, .1])
+    assert data.ticks(6.93, 7.07).tolist() == approx([6.95, 7, 7.05])
 
 
 # ---- fid.py --------------------------------------------------------------------------------------
