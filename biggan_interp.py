@@ -350,9 +350,9 @@ def average_state(G_ema, G, decay):
 @torch.no_grad()
 def sampler(G_ema):
     """The network that draws samples: a copy of G_ema in eval mode, with batch norm statistics of
-    its own. Each row of its tables is the statistics of one batch, four faces of each class."""
+    its own: each row of its tables holds those of one batch, a face of each class."""
     G = copy.deepcopy(G_ema).train()
-    y = torch.arange(G.config.num_classes, device=G.embeddings.weight.device).repeat(4)
+    y = torch.arange(G.config.num_classes, device=G.embeddings.weight.device)
     for _ in range(2):                                  # the first round lets u and v converge
         for truncation in torch.linspace(1e-6, 1, G.config.n_stats).tolist():
             z = truncated_noise(len(y), G.config.z_dim, truncation)
