@@ -458,8 +458,8 @@ def step_unit(G, D_a, D_b, opt_G, opt_D, a, b, gan=10., recon=100., kl=.1,
     }
 
     # ---- D: real pictures towards 1, translations towards 0, in each style ----
-    real_a = D_a(a)
-    real_b = D_b(b)
+    real_a = D_a(a)                         # real and fake in passes of their own, so that batch
+    real_b = D_b(b)                         # norm does not mix them
     seen_a = D_a(pool_a(fake_a.detach()))   # detach: D's loss must not reach into G
     seen_b = D_b(pool_b(fake_b.detach()))
     loss_D_a = (least_squares(real_a, 1) + least_squares(seen_a, 0)) / 2
