@@ -166,12 +166,12 @@ class BatchNorm(nn.Module):
             mean, var = self.statistics(truncation)
         x = F.batch_norm(x.float(), mean, var, training=self.training, momentum=1., eps=1e-4)
         if cond is None:
-            gain = self.weight[None]            # (1, C)
-            offset = self.bias[None]            # (1, C)
+            gain = self.weight                  # (C,)
+            offset = self.bias                  # (C,)
         else:
             gain = 1 + self.scale(cond)         # (N, C)
             offset = self.offset(cond)          # (N, C)
-        return torch.addcmul(offset[:, :, None, None], x, gain[:, :, None, None])
+        return torch.addcmul(offset[..., None, None], x, gain[..., None, None])
 
 
 class Block(nn.Module):
@@ -249,12 +249,8 @@ class Generator(nn.Module):
             "conv_to_rgb": Spectral(last, last, 3, 3),
         })
 
-    def embed(self, classes):
-        """Classes (N,) -> their embeddings r (N, class_embed_dim)."""
-        return self.embeddings.weight.T[classes]
-
     def forward(self, z, classes, truncation=1.):
-        r = classes if classes.is_floating_point() else self.embed(classes)
+        r = classes if classes.is_floating_point() else self.embeddings.weight.T[classes]
         cond = torch.cat([z, r], 1)                                     # (N, z_dim + embed_dim)
         net = self.generator
         h = net["gen_z"](cond).view(len(z), 4, 4, -1).permute(0, 3, 1, 2)   # (N, C, 4, 4)
@@ -277,8 +273,8 @@ def truncated_noise(n, z_dim, truncation=1., seed=0):
 def sample(G, z, y, truncation=1.):
     """Noise (n, z_dim), and classes (n,) or embeddings (n, class_embed_dim) y -> pictures uint8
     (n, 3, S, S) on the CPU."""
-    parts = zip(z.split(100), y.split(100))
-    return torch.cat([to_uint8(G(a, b, truncation)).cpu() for a, b in parts])
+    return torch.cat([to_uint8(G(part, classes, truncation)).cpu()
+                      for part, classes in zip(z.split(100), y.split(100))])
 
 
 # ---- the published weights -----------------------------------------------------------------------
@@ -288,15 +284,14 @@ URLS = ["https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-128-p
 
 
 def load_published(path, config=Config()):
-    """The Generator of a published file, in eval mode. A UserError names the first wrong key."""
-    state = data.load_checkpoint(path)
+    """The Generator of a published file, in eval mode. A UserError names what does not fit."""
     with torch.device("meta"):                          # shapes only, the file has the numbers
         G = Generator(config)
-    for key, wanted in G.state_dict().items():
-        found = getattr(state.get(key), "shape", "missing")
-        need(found == wanted.shape, f"{path} is not BigGAN-deep-{config.size}: {key} is {found}, "
-             f"not {wanted.shape}; delete it")
-    G.load_state_dict(state, strict=False, assign=True)
+    try:
+        G.load_state_dict(data.load_checkpoint(path), assign=True)
+    except RuntimeError as e:
+        raise data.UserError(f"{path} is not BigGAN-deep-{config.size}; delete it. "
+                             f"{' '.join(str(e).split()):.300}") from e
     return G.eval()
 
 
@@ -308,16 +303,17 @@ class ProjectionD(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
+        leaky = nn.LeakyReLU(.2)
         self.phi = nn.Sequential(
             nn.Conv2d(3, 32, 4, 2, 1),                                  # 32 -> 16
-            nn.LeakyReLU(.2),
+            leaky,
             nn.Conv2d(32, 64, 4, 2, 1),                                 # 8
-            nn.LeakyReLU(.2),
+            leaky,
             nn.Conv2d(64, 128, 4, 2, 1),                                # 4
-            nn.LeakyReLU(.2),
+            leaky,
             nn.Flatten(),
             nn.Linear(128 * 4 * 4, 128),
-            nn.LeakyReLU(.2),
+            leaky,
         )
         self.psi = nn.Linear(128, 1)
         self.v = nn.Embedding(classes, 128)
@@ -351,7 +347,7 @@ def average_state(G_ema, G, decay):
 def sampler(G_ema):
     """The network that draws samples: a copy of G_ema in eval mode, with batch norm statistics of
     its own: each row of its tables holds those of one batch, a face of each class."""
-    G = copy.deepcopy(G_ema).train()
+    G = copy.deepcopy(G_ema)
     y = torch.arange(G.config.num_classes, device=G.embeddings.weight.device)
     for _ in range(2):                                  # the first round lets u and v converge
         for truncation in torch.linspace(1e-6, 1, G.config.n_stats).tolist():
@@ -405,14 +401,12 @@ def train(cfg, images, labels, out, device):
         opt_D.step()
 
         # ---- G: a high score for the same fakes, from the updated D ----
-        D.requires_grad_(False)                         # D's own gradients are not needed here
         with amp:
             after = D(x_fake, y_fake)
         loss_G = -after.mean()
         opt_G.zero_grad()
-        loss_G.backward()
+        loss_G.backward()                   # into D as well, whose next step begins with zero_grad
         opt_G.step()
-        D.requires_grad_(True)
         average_state(G_ema, G, min(EMA, step / (step + 10)))   # a smaller decay at first
 
         if step % cfg.log_every == 0 or step in (1, cfg.steps):     # the only regular GPU sync
@@ -474,7 +468,7 @@ def kl_gradient(P, y):
 
 
 @torch.no_grad()
-def tsne(x, perplexity=30., seed=0, steps=1000):
+def tsne(x, perplexity=30., seed=0):
     """Points (n, d) -> points of the plane (n, 2) float64 that keep their neighbours. The same seed
     gives the same result. Exact: n^2 work and memory per step.
 
@@ -489,12 +483,8 @@ def tsne(x, perplexity=30., seed=0, steps=1000):
     rate = max(len(x) / 48, 50)
     velocity = torch.zeros_like(y)
     gain = torch.ones_like(y)
-    for step in range(steps):
-        exaggeration = 1
-        momentum = .8
-        if step < 250:
-            exaggeration = 12
-            momentum = .5
+    for step in range(1000):
+        exaggeration, momentum = (12, .5) if step < 250 else (1, .8)
         gradient = kl_gradient(exaggeration * P, y)
         uphill = gradient * velocity > 0                # the last move went uphill: smaller steps
         gain = torch.where(uphill, gain * .8, gain + .2).clamp(min=.01)
@@ -514,30 +504,30 @@ def imagenet_names():
     """The 1,000 names of the classes. Where the list cannot be had, the course's eight names, and
     numbers for the others."""
     try:
-        names = json.loads(data.fetch("imagenet-simple-labels.json", [
+        return json.loads(data.fetch("imagenet-simple-labels.json", [
             "https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/"
             "master/imagenet-simple-labels.json"]).read_text())
     except data.Unavailable:
-        names = [f"class {i}" for i in range(1000)]
-    return [COURSE.get(i, name) for i, name in enumerate(names)]
+        return [COURSE.get(i, f"class {i}") for i in range(1000)]
 
 
 def class_number(word, names):
     """A class, by its number or its name, -> its number. A UserError lists similar names."""
+    word = word.strip().lower()
     if word.isdecimal() and int(word) < len(names):
         return int(word)
     numbers = {name.lower(): i for i, name in enumerate(names)}
-    near = difflib.get_close_matches(word.lower(), numbers, 5, .5)
-    need(word.lower() in numbers, f"--pairs: no class {word!r}; similar: "
+    near = difflib.get_close_matches(word, numbers, 5, .5)
+    need(word in numbers, f"--pairs: no class {word!r}; similar: "
          f"{', '.join(near) or 'none'}; give such a name, or a number below {len(names)}")
-    return numbers[word.lower()]
+    return numbers[word]
 
 
 def parse_pairs(text, names):
     """"282, 283; tiger cat, goldfish" -> [[282, 283], [282, 1]]."""
     pairs = []
     for pair in filter(str.strip, text.split(";")):
-        pairs.append([class_number(word.strip(), names) for word in pair.split(",")])
+        pairs.append([class_number(word, names) for word in pair.split(",")])
         need(len(pairs[-1]) == 2, f"--pairs: {pair.strip()!r} is not two classes, like 'tiger cat, "
              "goldfish'; put ; between two pairs")
     return pairs
@@ -571,12 +561,6 @@ def extreme_pairs(r):
 ALPHAS = torch.linspace(1, 0, 11)
 
 
-def interpolate(G, i, j, z, truncation):
-    """Pictures uint8 (11, 3, S, S) from class i to class j, with the same z (1, z_dim) in each."""
-    r = between_classes(G.embed(i), G.embed(j), ALPHAS)
-    return sample(G, z.expand(len(r), -1), r, truncation)
-
-
 # ---- what was drawn ------------------------------------------------------------------------------
 
 def draw_map(r, names, pairs, cfg, out):
@@ -606,30 +590,31 @@ def small_scores(G, images, device):
     return fid.against(net, images, x, "faces-a") | fid.count(net, x, y, FACES, y)
 
 
-def evaluate(cfg, G, names, pairs, scores, log, out, device):
-    """Interpolations, t-SNE and result.json. pairs: the user's own; scores: small_scores(), or {}
-    for the published model, which also shows the course's pairs."""
-    r = G.embeddings.weight.T.cpu()                            # (classes, embed_dim)
-    kinds = extreme_pairs(r)
+def evaluate(cfg, G, names, scores, log, out, device):
+    """Interpolations, t-SNE and result.json. scores: small_scores(), or {} for the published model,
+    which also shows the course's pairs."""
+    embeddings = G.embeddings.weight.T                          # (classes, embed_dim)
+    yours = parse_pairs(cfg.pairs, names)
+    kinds = {"yours": yours} if yours else {}
     if not scores:
-        kinds = COURSE_PAIRS | kinds
-    if pairs:
-        kinds = {"yours": pairs} | kinds
+        kinds |= COURSE_PAIRS
+    kinds |= extreme_pairs(embeddings.cpu())
     z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
     rows = []
     left = []
     result = {}
     for kind, pairs in kinds.items():
-        pictures = [interpolate(G, i, j, z, cfg.truncation) for i, j in pairs]
-        rows += pictures
-        left += [f"{kind}: {names[i]} > {names[j]}" for i, j in pairs]
-        result[kind] = torch.stack(pictures).float().diff(dim=1).abs().mean().item()
+        for i, j in pairs:
+            r = between_classes(embeddings[i], embeddings[j], ALPHAS)
+            rows.append(sample(G, z.expand(len(r), -1), r, cfg.truncation))     # (11, 3, S, S)
+            left.append(f"{kind}: {names[i]} > {names[j]}")
+        pictures = torch.stack(rows[-len(pairs):]).float()                  # (pairs, 11, 3, S, S)
+        result[kind] = pictures.diff(dim=1).abs().mean().item()
     data.sheet(rows, out / "interpolation.png", left, [f"{a:.1f}" for a in ALPHAS],
                f"alpha r1 + (1 - alpha) r2 at one z, truncation {cfg.truncation:g}")
-    words = "mean change per step, of 255: "
-    words += ", ".join(f"{kind} {change:.2f}" for kind, change in result.items())
-    result["KL"] = draw_map(r, names, sum(kinds.values(), []), cfg, out)
-    words += f"; t-SNE's KL {result['KL']:.3f}"
+    changes = ", ".join(f"{kind} {change:.2f}" for kind, change in result.items())
+    result["KL"] = draw_map(embeddings.cpu(), names, sum(kinds.values(), []), cfg, out)
+    words = f"mean change per step, of 255: {changes}; t-SNE's KL {result['KL']:.3f}"
     if scores:
         words = (f"{fid.line(scores)}; precision {scores['precision']:.2f}; as asked for: hair "
                  f"{scores['hair accuracy']:.1%}, eyes {scores['eyes accuracy']:.1%}; {words}")
@@ -655,17 +640,15 @@ def main(argv=None):
     if cfg.model == "published" or not (cfg.model or begun):
         try:
             G = load_published(data.fetch("biggan-deep-128-pytorch_model.bin", URLS))
-            names = imagenet_names()
-            pairs = parse_pairs(cfg.pairs, names)
-            log = data.Log(out, 0)
-            return evaluate(cfg, data.place(G, device), names, pairs, {}, log, out, device)
+            G = data.place(G, device)
+            return evaluate(cfg, G, imagenet_names(), {}, data.Log(out, 0), out, device)
         except data.Unavailable as e:
             need(not cfg.model, f"{e}; or --model small, which is trained here")
             print(f"model    small, trained here: {e}")
-    pairs = parse_pairs(cfg.pairs, FACES)
+    parse_pairs(cfg.pairs, FACES)                       # an error in them comes before the training
     _, images, labels, _ = data.choose("faces-a", SMALL.size)
     G, log = train(cfg, images.to(device), labels.to(device), out, device)
-    evaluate(cfg, G, FACES, pairs, small_scores(G, images, device), log, out, device)
+    evaluate(cfg, G, FACES, small_scores(G, images, device), log, out, device)
 
 
 if __name__ == "__main__":

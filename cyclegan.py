@@ -23,9 +23,9 @@ Dec_b(E_a(a)) translates a. The docstring of step_unit says what differs from th
 
 On the drawn faces the score is the L1 distance to the true answer. Emojis have no true answer, so
 their score is the FID to the other style. A score only means something beside what simple methods
-reach, so three of them are printed with it: returning the input, always returning the best
-constant picture, and changing nothing but the colours. Results of seed 11, A to B and B to A (one
-thread of an Intel Xeon, torch 2.13; 5,000 steps take about 10 minutes):
+reach: returning the input, always returning the best constant picture, and changing nothing but the
+colours. The last line of a run names the best of these, and result.json has all. Results of seed
+11, A to B and B to A (one thread of an Intel Xeon, torch 2.13; 5,000 steps take about 10 minutes):
 
     python cyclegan.py --steps 2600               FID 8.7 and 5.3; colours matched 48 and 43
     python cyclegan.py --data faces               L1 .197 and .156; best constant .160 and .107
@@ -115,10 +115,10 @@ def conv(in_channels, out_channels, kernel_size, stride=2, padding=2, batch_norm
         nn.init.normal_(layer.weight, 0, .001)
     if spectral_norm:
         layer = nn.utils.parametrizations.spectral_norm(layer)
-    layers = [layer]
+    layers = nn.Sequential(layer)
     if batch_norm:
         layers.append(nn.BatchNorm2d(out_channels))
-    return nn.Sequential(*layers)
+    return layers
 
 
 def upconv(in_channels, out_channels, kernel_size, stride=2, padding=2, batch_norm=True,
@@ -193,25 +193,20 @@ class ResBlock(nn.Module):
         return x + self.body(x)
 
 
+def normed(layer, activation=nn.ReLU()):
+    """The layer, instance norm and an activation: the paper's c7s1-k, dk and uk."""
+    return nn.Sequential(layer, nn.InstanceNorm2d(layer.out_channels), activation)
+
+
 def ResNetGenerator(w=64, blocks=9):
     """(N, 3, S, S) -> (N, 3, S, S), both in [-1, 1]. (64, 9): 11,378,179 parameters."""
     return nn.Sequential(
-        nn.Conv2d(3, w, 7, 1, 3, padding_mode="reflect"),       # S
-        nn.InstanceNorm2d(w),
-        nn.ReLU(),
-        nn.Conv2d(w, 2 * w, 3, 2, 1),                           # S / 2
-        nn.InstanceNorm2d(2 * w),
-        nn.ReLU(),
-        nn.Conv2d(2 * w, 4 * w, 3, 2, 1),                       # S / 4
-        nn.InstanceNorm2d(4 * w),
-        nn.ReLU(),
+        normed(nn.Conv2d(3, w, 7, 1, 3, padding_mode="reflect")),   # S
+        normed(nn.Conv2d(w, 2 * w, 3, 2, 1)),                   # S / 2
+        normed(nn.Conv2d(2 * w, 4 * w, 3, 2, 1)),               # S / 4
         *[ResBlock(4 * w) for _ in range(blocks)],
-        nn.ConvTranspose2d(4 * w, 2 * w, 3, 2, 1, 1),           # S / 2
-        nn.InstanceNorm2d(2 * w),
-        nn.ReLU(),
-        nn.ConvTranspose2d(2 * w, w, 3, 2, 1, 1),               # S
-        nn.InstanceNorm2d(w),
-        nn.ReLU(),
+        normed(nn.ConvTranspose2d(4 * w, 2 * w, 3, 2, 1, 1)),   # S / 2
+        normed(nn.ConvTranspose2d(2 * w, w, 3, 2, 1, 1)),       # S
         nn.Conv2d(w, 3, 7, 1, 3, padding_mode="reflect"),
         nn.Tanh(),
     ).apply(init_normal)
@@ -220,18 +215,13 @@ def ResNetGenerator(w=64, blocks=9):
 def PatchGAN(w=64):
     """(N, 3, S, S) -> logits (N, 1, S/8 - 2, S/8 - 2), one for each patch of 70 x 70 pixels (Isola
     2017, section 6.1.2). 2,764,737 parameters."""
+    leaky = nn.LeakyReLU(.2)
     return nn.Sequential(
         nn.Conv2d(3, w, 4, 2, 1),                               # S / 2
-        nn.LeakyReLU(.2),
-        nn.Conv2d(w, 2 * w, 4, 2, 1),                           # S / 4
-        nn.InstanceNorm2d(2 * w),
-        nn.LeakyReLU(.2),
-        nn.Conv2d(2 * w, 4 * w, 4, 2, 1),                       # S / 8
-        nn.InstanceNorm2d(4 * w),
-        nn.LeakyReLU(.2),
-        nn.Conv2d(4 * w, 8 * w, 4, 1, 1),                       # S / 8 - 1
-        nn.InstanceNorm2d(8 * w),
-        nn.LeakyReLU(.2),
+        leaky,
+        normed(nn.Conv2d(w, 2 * w, 4, 2, 1), leaky),            # S / 4
+        normed(nn.Conv2d(2 * w, 4 * w, 4, 2, 1), leaky),        # S / 8
+        normed(nn.Conv2d(4 * w, 8 * w, 4, 1, 1), leaky),        # S / 8 - 1
         nn.Conv2d(8 * w, 1, 4, 1, 1),                           # S / 8 - 2
     ).apply(init_normal)
 
@@ -306,7 +296,7 @@ def networks(cfg):
     """(G, D) of a config: G(x, "ab") translates; D["a"] and D["b"] are the discriminators."""
     G = CycleGAN()
     D = nn.ModuleDict()
-    for way in ("ab", "ba"):
+    for way in "ab", "ba":
         if cfg.size > 32:
             G[way] = ResNetGenerator(cfg.width, 6 if cfg.size <= 128 else 9)
             D[way[0]] = PatchGAN(cfg.width)
@@ -468,8 +458,8 @@ def step_unit(G, D_a, D_b, opt_G, opt_D, a, b, gan=10., recon=100., kl=.1,
     }
 
     # ---- D: real pictures towards 1, translations towards 0, in each style ----
-    real_a = D_a(a)
-    real_b = D_b(b)
+    real_a = D_a(a)                         # real and fake in passes of their own, so that batch
+    real_b = D_b(b)                         # norm does not mix them
     seen_a = D_a(pool_a(fake_a.detach()))   # detach: D's loss must not reach into G
     seen_b = D_b(pool_b(fake_b.detach()))
     loss_D_a = (least_squares(real_a, 1) + least_squares(seen_a, 0)) / 2
@@ -508,13 +498,12 @@ def load_style(names, size, device):
 def load_pair(cfg, out, device):
     """[style A, style B] of a config, the first pair of cfg.data that can be had. cfg.data becomes
     its name."""
-    pairs = {"own": (cfg.a, cfg.b)}
-    if not cfg.a:
-        pairs = {name: PAIRS[name] for name in data.kept(cfg, out).split(",")}
-    for name, pair in pairs.items():
+    pairs = PAIRS | {"own": (cfg.a, cfg.b)}
+    names = "own" if cfg.a else data.kept(cfg, out)
+    for name in names.split(","):
         cfg.data = name
         try:
-            return [load_style(style, cfg.size, device) for style in pair]
+            return [load_style(style, cfg.size, device) for style in pairs[name]]
         except data.Unavailable as e:
             why = e
             print(f"data     no {name}: {e}")
@@ -523,7 +512,7 @@ def load_pair(cfg, out, device):
 
 def paired(a, b):
     """Whether test picture i of both styles shows the same face, which only drawn faces do."""
-    return {a.name, b.name} == set(PAIRS["faces"])
+    return {a.name, b.name} == {"faces-a", "faces-b"}
 
 
 # ---- the training loop ---------------------------------------------------------------------------
@@ -558,22 +547,18 @@ def translate(G, x, direction):
     return y
 
 
-def l1(x, y):
-    """Mean absolute difference of two uint8 tensors of pictures; 1 is black against white."""
-    return (x / 255 - y / 255).abs().mean()
-
-
 def draw_sheet(G, a, b, path):
     """Test pictures in rows: the inputs a, UNIT's reconstructions aa, the translations ab, these
     translated back, aba, and the true b where it is known. Then the same from b to a."""
     rows = {}
-    for x, y, s, t in (a, b, "a", "b"), (b, a, "b", "a"):
+    for x, y, way in (a, b, "ab"), (b, a, "ba"):
+        s, t = way
         real = x.test[:12]
         rows[f"{s}: {x.name}"] = real
         if isinstance(G, UNIT):
             rows[s + s] = translate(G, real, s + s)
-        rows[s + t] = translate(G, real, s + t)
-        rows[s + t + s] = translate(G, rows[s + t], t + s)
+        rows[way] = translate(G, real, way)
+        rows[way + s] = translate(G, rows[way], t + s)
         if paired(a, b):
             rows[f"true {t}"] = y.test[:12]
     data.sheet(list(rows.values()), path, list(rows), title=f"{type(G).__name__} {path.stem}")
@@ -591,29 +576,27 @@ def train(cfg, a, b, out, device):
     parts = dict(pools, G=G, D=D, opt_G=opt_G, opt_D=opt_D, log=log)
     start = data.restore(parts, out / "last.pt", cfg, FREE - {"model"}, device)
     amp = data.autocast(cfg.amp, device)
-    players = *D.values(), opt_G, opt_D
-    if cfg.model == "unit":
-        train_step = partial(step_unit, G, *players, gan=cfg.lambda_gan, **pools)
-    else:
-        train_step = partial(step_cyclegan, G["ab"], G["ba"], *players, gan=cfg.lambda_gan,
-                             cycle=cfg.lambda_cycle, identity=cfg.identity, **pools)
+    train_step = partial(step_unit, G)
+    if cfg.model == "cyclegan":
+        train_step = partial(step_cyclegan, *G.values(), cycle=cfg.lambda_cycle,
+                             identity=cfg.identity)
 
     for step in range(start + 1, cfg.steps + 1):
         # Reseed every step from (seed, step): a resumed run sees the same batches and noise.
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         if cfg.decay:
             rate = min(1., 2 - 2 * (step - 1) / cfg.steps)  # 1 until half-way, then linearly to 0
-            for opt in (opt_G, opt_D):
+            for opt in opt_G, opt_D:
                 opt.param_groups[0]["lr"] = cfg.lr * rate
         x_a = draw_batch(a.train, cfg.batch)                # (N, 3, S, S)
         x_b = draw_batch(b.train, cfg.batch)                # drawn apart: no pair
         with amp:
-            last = train_step(x_a, x_b)
+            last = train_step(*D.values(), opt_G, opt_D, x_a, x_b, gan=cfg.lambda_gan, **pools)
         if step % cfg.log_every == 0 or step in (1, cfg.steps):     # the only regular GPU sync
             for name in "D(x)", "D(G(x)) before", "D(G(x)) after":
                 last[name] = torch.cat(last[name]).float().mean()
-            norms = {"|dD|": data.grad_norm(D), "|dG|": data.grad_norm(G)}
-            log.write(step, cfg.batch, **last, **norms)
+            last |= {"|dD|": data.grad_norm(D), "|dG|": data.grad_norm(G)}
+            log.write(step, cfg.batch, **last)
         if step % cfg.sample_every == 0 or step == cfg.steps:
             refresh(G, a, b)
             draw_sheet(G, a, b, log.grid(step))
@@ -623,22 +606,12 @@ def train(cfg, a, b, out, device):
 
 # ---- scores --------------------------------------------------------------------------------------
 
-def colour_map(x, y):
-    """x with its colours changed by the affine map M (4, 3) that comes closest to the true answers
-    y: min over M of |[r g b 1] M - y|^2 over all pixels. uint8 (N, 3, H, W). M is fitted to the
-    same answers that it is scored on, so it is harder to beat than a map fitted to other pairs."""
-    X = F.pad(to_float(x).movedim(1, 3), (0, 1), value=1.)          # (N, H, W, 4)
-    Y = to_float(y).movedim(1, 3)                                   # (N, H, W, 3)
-    M = torch.linalg.lstsq(X.flatten(0, 2), Y.flatten(0, 2)).solution
-    return to_uint8((X @ M).movedim(3, 1))
-
-
 def colour_match(x, y):
-    """x with the mean and the standard deviation that each channel has in y, for styles without
-    true answers. uint8 (N, 3, H, W)."""
+    """x with the mean and the standard deviation that each channel has in y, which changes nothing
+    but the colours. uint8 (N, 3, H, W); x and y need not be pairs."""
     s_x, mean_x = torch.std_mean(to_float(x), (0, 2, 3), keepdim=True)      # (1, 3, 1, 1)
     s_y, mean_y = torch.std_mean(to_float(y), (0, 2, 3), keepdim=True)
-    return to_uint8((to_float(x) - mean_x) / s_x.clamp(min=1e-3) * s_y + mean_y)
+    return to_uint8((to_float(x) - mean_x) / s_x * s_y + mean_y)
 
 
 def scores(G, x, y, way):
@@ -650,39 +623,40 @@ def scores(G, x, y, way):
     hair kept    the share of drawn faces whose hair colour a classifier of style y still reads as
                  that of the input; eyes kept likewise
     L1 and FID also of simple methods: the input itself (identity), the best constant picture
-    (constant), and the input with other colours (colour map)."""
+    (constant), and the input with the colours of style y (colour map)."""
     known = paired(x, y)
     real = x.test if known else x.train[:1000].cpu()
+    style = y.train.cpu()
     fake = translate(G, real, way)
-    constant = y.train.cpu().median(0).values.expand_as(real)       # has the least mean L1
-    mapped = colour_map(real, y.test) if known else colour_match(real, y.train.cpu())
-    guesses = {"": fake, " identity": real, " constant": constant, " colour map": mapped}
-    found = {"cycle": l1(translate(G, fake, way[::-1]), real)}
-    net = None
-    if len(y.train) >= 1000:                            # enough for a Gaussian of 128 features
+    guesses = {
+        "": fake,
+        " identity": real,
+        " constant": style.median(0).values.expand_as(real),        # has the least mean L1
+        " colour map": colour_match(real, style),
+    }
+    found = {"cycle": F.l1_loss(translate(G, fake, way[::-1]) / 255, real / 255)}
+    if known:
+        for name, guess in guesses.items():
+            found[f"L1{name}"] = F.l1_loss(guess / 255, y.test / 255)
+    if len(style) >= 1000:                              # enough for a Gaussian of 128 features
         net = fid.classifier(y.name, real.shape[-1], x.train.device)
-    for name, guess in guesses.items():
-        if known:
-            found["L1" + name] = l1(guess, y.test)
-        if net:
+        for name, guess in guesses.items():
             result = fid.against(net, y.train, guess, y.name)
-            found["FID" + name] = result["fid"]
+            found[f"FID{name}"] = result["fid"]
             print(f"{way}{name}: {fid.line(result)}")
-    if known and net:
-        hair, eyes = net.attributes(fake)
-        found["hair kept"] = (hair == x.labels // 11).float().mean()
-        found["eyes kept"] = (eyes == x.labels % 11).float().mean()
-    found = {f"{way} {name}": float(value) for name, value in found.items()}
-    print("  ".join(f"{name} {value:.3g}" for name, value in found.items()))
-    return found
+        if known:
+            hair, eyes = net.attributes(fake)
+            found["hair kept"] = (hair == x.labels // 11).float().mean()
+            found["eyes kept"] = (eyes == x.labels % 11).float().mean()
+    return {f"{way} {name}": float(value) for name, value in found.items()}
 
 
 def verdict(metrics, way):
     """The score beside that of the best simple method: "ab L1 0.103, better than ab L1 constant
     0.143"."""
-    for score in (f"{way} L1", f"{way} FID"):
+    for score in f"{way} L1", f"{way} FID":
         if score in metrics:
-            best = min((name for name in metrics if score + " " in name), key=metrics.get)
+            best = min((name for name in metrics if f"{score} " in name), key=metrics.get)
             word = "better" if metrics[score] < metrics[best] else "NOT better"
             return f"{score} {metrics[score]:.3g}, {word} than {best} {metrics[best]:.3g}"
     return f"{way} cycle L1 {metrics[f'{way} cycle']:.3f}"
@@ -724,14 +698,14 @@ def translate_files(cfg, out, device):
     """--translate: writes the translation of each picture, which is cropped to a square and scaled
     first, into out/translated-<way>/, and all beside their inputs to out/translated-<way>.png."""
     state = data.load_checkpoint(out / "last.pt", device)
-    trained = state.get("config", {})
+    trained = state["config"]
     need("lambda_cycle" in trained, f"{out}/last.pt is no checkpoint of cyclegan.py")
     G, _ = networks(CycleConfig(**trained))
     G.load_state_dict(state["G"])
     source = Path(cfg.translate)
     files = [source] if source.is_file() else data.pictures(source)
     x = data.read_all(files, trained["size"])
-    y = translate(data.place(G, device), x, cfg.direction)
+    y = translate(G.to(device), x, cfg.direction)
     folder = out / f"translated-{cfg.direction}"
     for i, file in enumerate(files):                    # numbered, for x.png and x.jpg
         data.save(data.as_image(y[i]), folder / f"{file.stem}-{i}.png")
