@@ -203,7 +203,7 @@ def neighbours(train, test, fake, path):
     data.sheet([fake[first], train[copy[first]], fake[twin[first]]], path,
                ["generated", "nearest training picture", "nearest other generated one"])
     distance, _ = nearest(test, train)
-    test, distance = test[distance > 0], distance[distance > 0]
+    test = test[distance > 0]
     n = min(len(test), len(fake))
     result = dict(copied=None, twins=None, held_out=n)
     if n < LEAST:
@@ -214,7 +214,7 @@ def neighbours(train, test, fake, path):
     spread = fake.float().std(0).norm() / test.std(0).norm()
     fake = fake / spread.clamp(min=.5)
     twins = [nearest(part, part)[0] for part in fake.split(n) if len(part) == n]
-    result |= dict(copied=excess(near, distance),
+    result |= dict(copied=excess(near, distance[distance > 0]),
                    twins=excess(torch.cat(twins), nearest(test, test)[0]))
     print(f"copies   copied {result['copied']:.2f}, twins {result['twins']:.2f}, spread "
           f"{spread:.2f} of that of {n:,} held-out pictures")
@@ -223,8 +223,11 @@ def neighbours(train, test, fake, path):
 
 def alarms(result):
     """What a headline says of the dict of `neighbours`: names and shares of those over ALARM."""
-    shares = [(name, result[name]) for name in ("copied", "twins")]
-    return "".join(f"; {name} {share:.0%}" for name, share in shares if share and share > ALARM)
+    words = ""
+    for name in ("copied", "twins"):
+        if (result[name] or 0) > ALARM:             # None where nothing was counted
+            words += f"; {name} {result[name]:.0%}"
+    return words
 
 
 # ---- disturbances --------------------------------------------------------------------------------
@@ -293,12 +296,10 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def features(self, images):
         """uint8 (N, C, H, W) of any size -> float32 (N, 128) on the CPU."""
-        check_images(images, self.channels)
         self.eval()
         out = []
-        for x in images.split(500):
-            x = data.fit(x.to(self.head.weight.device), self.size)
-            out.append(self.body(data.to_float(x.expand(-1, self.channels, -1, -1))).cpu())
+        for x in in_parts(self, images, 500):
+            out.append(self.body(data.to_float(data.fit(x, self.size))).cpu())
         return torch.cat(out)
 
     @torch.no_grad()
@@ -309,9 +310,9 @@ class Classifier(nn.Module):
         label = 0
         sure = 1.
         for logits in self.head(h).cpu().split(self.heads, dim=1):
-            chance = logits.softmax(1)                                      # (N, k)
-            label = label * chance.shape[1] + chance.argmax(1)
-            sure = sure * chance.amax(1)
+            chance, i = logits.softmax(1).max(1)                            # (N, k) -> (N,)
+            label = label * logits.shape[1] + i
+            sure = sure * chance
         return label, sure
 
     def attributes(self, images):
@@ -320,11 +321,15 @@ class Classifier(nn.Module):
         return torch.unravel_index(label, self.heads)
 
 
-def check_images(images, channels):
-    """UserError unless images are uint8 (N, C, H, W), grey or with as many channels."""
-    need(images.dtype == torch.uint8 and images.shape[1] in (1, channels),
-         f"pictures must be uint8 (N, C, H, W), grey or with {channels} channel(s), here "
+def in_parts(net, images, n):
+    """uint8 (N, C, H, W), grey or with as many channels as net -> parts of at most n pictures, with
+    net's channels and on its device. UserError for other images."""
+    need(images.dtype == torch.uint8 and images.shape[1] in (1, net.channels),
+         f"pictures must be uint8 (N, C, H, W), grey or with {net.channels} channel(s), here "
          f"{images.dtype} {tuple(images.shape)}")
+    device = next(net.parameters()).device
+    for x in images.split(n):
+        yield x.to(device).expand(-1, net.channels, -1, -1)
 
 
 def pretext(x, i):
@@ -516,8 +521,8 @@ def add_layers(net, i, branch):
             net.add_module(name, POOLS[name])
         else:
             o, h, w, *stride = map(int, re.findall("[0-9]+", shape))
-            padding = 0 if stride else "same"
-            net.add_module(name, conv_block(i, o, (h, w), *stride, padding=padding))
+            conv = conv_block(i, o, (h, w), *stride, padding=0 if stride else "same")
+            net.add_module(name, conv)
             i = o
     return names, i
 
@@ -576,11 +581,10 @@ class Inception(nn.Module):
     def features(self, images):
         """uint8 (N, 1 or 3, H, W) of any size -> float32 (N, 2048) on the CPU. The pictures are
         resized to 299 x 299, bilinearly and without antialiasing, as in pytorch-fid."""
-        check_images(images, 3)
         out = []
         torch.backends.cudnn.allow_tf32 = False             # TF32 would cost three digits
-        for x in images.split(32):
-            x = data.to_float(x.to(self.fc.weight.device)).expand(-1, 3, -1, -1)
+        for x in in_parts(self, images, 32):
+            x = data.to_float(x)
             x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
             out.append(self(x).cpu())
             if len(out) % 32 == 0:
@@ -653,9 +657,10 @@ def count(net, fake, labels, classes, asked=None):
     """Which classes the fakes show, uint8 (N, C, H, W), as net predicts them -> dict.
 
     counts of each class; modes, how many of `classes` are drawn; KL, the Kullback-Leibler
-    divergence of the counts from the uniform distribution in nats, 0 where all are equal; rarest,
-    the lowest share; mean confidence; background, the median of the left and right border, and that
-    of the data. With labels asked for (N,), the accuracy of each head.
+    divergence of the counts from the uniform distribution in nats, 0 where all are equal;
+    background, the median of the left and right border. With labels asked for (N,), the accuracy of
+    each head. Prints these, the lowest share of a class, the mean confidence, and the background of
+    the data.
 
     A class counts as drawn if the samples that show it with a confidence over 0.9 are at least a
     tenth of its share in the data: blurred samples, which get some digit each with a confidence of
@@ -669,10 +674,8 @@ def count(net, fake, labels, classes, asked=None):
     clear = seen[sure > .9 * net.strict].bincount(minlength=k)
     drawn = (clear > 0) & (clear >= wanted / 10 * net.strict)
     KL = np.log(k) - torch.special.entr(counts / n).sum().item()
-    result = {"counts": counts.tolist(), "modes": drawn.sum().item(),
-              "KL": KL, "rarest": counts[wanted > 0].min().item() / n,
-              "confidence": sure.mean().item(),
-              "background": fake[..., [0, -1]].median().item(), "background real": net.background}
+    result = dict(counts=counts.tolist(), modes=drawn.sum().item(), KL=KL,
+                  background=fake[..., [0, -1]].median().item())
     if asked is not None:
         names = ("hair", "eyes") if len(net.heads) == 2 else ("label",)
         asked = torch.unravel_index(asked, net.heads)
@@ -680,7 +683,7 @@ def count(net, fake, labels, classes, asked=None):
         for name, wish, look in zip(names, asked, seen):
             result[f"{name} accuracy"] = (wish == look).double().mean().item()
     print(f"classes  {result['modes']} of {k} drawn, KL {KL:.3f}, rarest "
-          f"{100 * result['rarest']:.1f}%, mean confidence {result['confidence']:.3f}\n"
+          f"{counts[wanted > 0].min() / n:.1%}, mean confidence {sure.mean():.3f}\n"
           f"         background {result['background']:.0f} of 255, in the data "
           f"{net.background:.0f}; counts {result['counts'] if k < 20 else 'in result.json'}")
     return result
@@ -743,9 +746,7 @@ def sanity(net, name, n):
 
 def is_array(word):
     """Whether a word of the command line is an .npy or .npz, or the folder of a run."""
-    run = Path(word)
-    return run.suffix in (".npy", ".npz") or (run / "last.pt").is_file() or (
-        run / "samples.npy").is_file()
+    return Path(word).suffix in (".npy", ".npz") or Path(word, "last.pt").is_file()
 
 
 def array(word):
@@ -798,8 +799,8 @@ def source(word, size, net):
         return array(name)
     if name not in data.SETS and split == "train" and Path(name).is_dir():
         files = data.pictures(name)
-        first = data.read_picture(files[0], net.channels)
-        return data.read_all(files, min(*first.shape[1:], size), net.channels)
+        _, h, w = data.read_picture(files[0]).shape
+        return data.read_all(files, min(h, w, size), net.channels)
     return data.choose(name, size, split)[1]
 
 
