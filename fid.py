@@ -31,7 +31,7 @@ that slight changes of this kind raise the FID a little, not enormously. Where t
 it learns to predict turns, exchanged channels, disturbances, and which picture it is.
 
 Error bar: classifiers that differ only in their seed, as on two machines, give FIDs of one trained
-generator that differ by 6 to 10% (three seeds, MNIST and emojis; 2,000 pictures). On one machine
+generator that differ by about 10% (three seeds, MNIST and emojis; 2,000 pictures). On one machine
 the classifier is kept in a file, so there an FID repeats.
 """
 import json
@@ -162,8 +162,8 @@ def nearest(x, y):
         value, i = distance.min(1)
         index[value < best] = start + i[value < best]
         best = best.minimum(value)
-    exact = [(p.float() - q.float()).square().mean() for p, q in zip(x, y[index])]
-    return torch.stack(exact).sqrt(), index             # cdist rounds: equal pictures are not at 0
+    error = a - y[index].flatten(1)                     # cdist rounds: equal pictures are not at 0
+    return error.square().mean(1).sqrt(), index
 
 
 def excess(distance, held_out):
@@ -175,7 +175,8 @@ def excess(distance, held_out):
 
 
 LEAST = 20                          # at least so many held-out pictures give a threshold
-ALARM = .1                          # healthy runs had at most 0.02 of `copied` and of `twins`
+ALARM = .1      # So far only short runs support this bound: the healthy ones among them had at most
+                # 0.02 of `copied` and of `twins`.
 
 
 def neighbours(train, test, fake, path):
@@ -202,7 +203,7 @@ def neighbours(train, test, fake, path):
     data.sheet([fake[first], train[copy[first]], fake[twin[first]]], path,
                ["generated", "nearest training picture", "nearest other generated one"])
     distance, _ = nearest(test, train)
-    test, distance = test[distance > 0], distance[distance > 0]
+    test = test[distance > 0]
     n = min(len(test), len(fake))
     result = dict(copied=None, twins=None, held_out=n)
     if n < LEAST:
@@ -213,7 +214,7 @@ def neighbours(train, test, fake, path):
     spread = fake.float().std(0).norm() / test.std(0).norm()
     fake = fake / spread.clamp(min=.5)
     twins = [nearest(part, part)[0] for part in fake.split(n) if len(part) == n]
-    result |= dict(copied=excess(near, distance), spread=spread.item(),
+    result |= dict(copied=excess(near, distance[distance > 0]),
                    twins=excess(torch.cat(twins), nearest(test, test)[0]))
     print(f"copies   copied {result['copied']:.2f}, twins {result['twins']:.2f}, spread "
           f"{spread:.2f} of that of {n:,} held-out pictures")
@@ -222,13 +223,16 @@ def neighbours(train, test, fake, path):
 
 def alarms(result):
     """What a headline says of the dict of `neighbours`: names and shares of those over ALARM."""
-    shares = [(name, result[name]) for name in ("copied", "twins")]
-    return "".join(f"; {name} {share:.0%}" for name, share in shares if share and share > ALARM)
+    words = ""
+    for name in ("copied", "twins"):
+        if (result[name] or 0) > ALARM:             # None where nothing was counted
+            words += f"; {name} {result[name]:.0%}"
+    return words
 
 
 # ---- disturbances --------------------------------------------------------------------------------
 
-KINDS = ("none", "lifted", "lowered", "contrast", "noise", "blur")
+KINDS = "none lifted lowered contrast noise blur".split()
 
 
 def disturb(x, kind, strength):
@@ -238,7 +242,7 @@ def disturb(x, kind, strength):
     one for all. At strength 1 black is lifted to level 40 of 255, white is lowered to 215, the
     contrast is halved, noise with a sigma of 0.2 of the range is added, or each pixel becomes the
     mean of the 5 x 5 around it."""
-    s = torch.as_tensor(strength).view(-1, 1, 1, 1)
+    s = torch.as_tensor(strength).float().view(-1, 1, 1, 1)
     bound = 1 - s * 80 / 255
     blurred = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
     versions = torch.stack([x, x.maximum(-bound), x.minimum(bound), x * (1 - s / 2),
@@ -292,12 +296,10 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def features(self, images):
         """uint8 (N, C, H, W) of any size -> float32 (N, 128) on the CPU."""
-        check_images(images, self.channels)
         self.eval()
         out = []
-        for x in images.split(500):
-            x = data.fit(x.to(self.head.weight.device), self.size)
-            out.append(self.body(data.to_float(x.expand(-1, self.channels, -1, -1))).cpu())
+        for x in in_parts(self, images, 500):
+            out.append(self.body(data.to_float(data.fit(x, self.size))).cpu())
         return torch.cat(out)
 
     @torch.no_grad()
@@ -308,9 +310,9 @@ class Classifier(nn.Module):
         label = 0
         sure = 1.
         for logits in self.head(h).cpu().split(self.heads, dim=1):
-            chance = logits.softmax(1)                                      # (N, k)
-            label = label * chance.shape[1] + chance.argmax(1)
-            sure = sure * chance.amax(1)
+            chance, i = logits.softmax(1).max(1)                            # (N, k) -> (N,)
+            label = label * logits.shape[1] + i
+            sure = sure * chance
         return label, sure
 
     def attributes(self, images):
@@ -319,11 +321,15 @@ class Classifier(nn.Module):
         return torch.unravel_index(label, self.heads)
 
 
-def check_images(images, channels):
-    """UserError unless images are uint8 (N, C, H, W), grey or with as many channels."""
-    need(images.dtype == torch.uint8 and images.shape[1] in (1, channels),
-         f"pictures must be uint8 (N, C, H, W), grey or with {channels} channel(s), here "
+def in_parts(net, images, n):
+    """uint8 (N, C, H, W), grey or with as many channels as net -> parts of at most n pictures, with
+    net's channels and on its device. UserError for other images."""
+    need(images.dtype == torch.uint8 and images.shape[1] in (1, net.channels),
+         f"pictures must be uint8 (N, C, H, W), grey or with {net.channels} channel(s), here "
          f"{images.dtype} {tuple(images.shape)}")
+    device = next(net.parameters()).device
+    for x in images.split(n):
+        yield x.to(device).expand(-1, net.channels, -1, -1)
 
 
 def pretext(x, i):
@@ -389,7 +395,6 @@ def classifier(name, size, device="cpu"):
     if classes == data.FACES:
         heads = (12, 11)                                    # hair, eyes
     elif not classes:
-        labels = None
         heads = (4, 3, 6, min(len(images), 4096))
     tag = f"{Path(name).name}-{size}"           # number and sum of the pictures tell sets apart;
                                                 # v2 is the version of the training
@@ -416,7 +421,7 @@ def classifier(name, size, device="cpu"):
 
 class Stacked:
     """The classifier of one digit, applied to each channel of stacked digits. It has the interface
-    of a Classifier, with 3 x 128 features and labels 0 .. 999."""
+    of a Classifier, with 3 x 128 features and labels 0 .. 999. The accuracy is that of a digit."""
     scale = Classifier.scale
     channels = 3
     strict = 0
@@ -427,9 +432,7 @@ class Stacked:
         self.name = f"classifier-{name}"
         self.size = net.size
         self.background = net.background
-        x, y, _ = data.load(name, net.size, "test")
-        right = self.predict(x[:2000])[0] == y[:2000]
-        self.accuracy = [right.double().mean().item()]
+        self.accuracy = net.accuracy
 
     def features(self, images):
         """uint8 (N, 1 or 3, H, W) -> float32 (N, 384) on the CPU."""
@@ -444,7 +447,6 @@ class Stacked:
 
 def one_by_one(images):
     """uint8 (N, 1 or 3, H, W) -> the channels as grey pictures (3 N, 1, H, W)."""
-    check_images(images, 3)
     return images.expand(-1, 3, -1, -1).flatten(0, 1)[:, None]
 
 
@@ -457,43 +459,48 @@ WEIGHTS_URLS = [
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-" + WEIGHTS[3:],
 ]
 
-# A block is a table with one line for each branch; their outputs are joined along the channels. A
-# layer is a pool, or the name of a convolution, its output channels and its kernel; /2 is stride 2
-# without padding. A branch that forks is written as two branches with the same first layers.
-BLOCK_A = """branch1x1 64 1x1
+# The network as tables. A line is a branch: layers one after the other, each a pool, or the name of
+# a convolution, its output channels and its kernel; /1 or /2 is that stride, without padding. The
+# outputs of a block's branches are joined along the channels. A branch that forks is written as two
+# branches with the same first layers.
+STEM = """Conv2d_1a_3x3 32 3x3/2, Conv2d_2a_3x3 32 3x3/1, Conv2d_2b_3x3 64 3x3, halve, \
+Conv2d_3b_1x1 80 1x1, Conv2d_4a_3x3 192 3x3/1, halve"""     # 299 -> 149, 147, 147, 73, 73, 71, 35
+BLOCKS = {
+    "A": """branch1x1 64 1x1
 branch5x5_1 48 1x1, branch5x5_2 64 5x5
 branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3
-mean, branch_pool C 1x1"""
-BLOCK_B = """branch3x3 384 3x3/2
+mean, branch_pool C 1x1""",
+    "B": """branch3x3 384 3x3/2
 branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3/2
-halve"""
-BLOCK_C = """branch1x1 192 1x1
+halve""",
+    "C": """branch1x1 192 1x1
 branch7x7_1 C 1x1, branch7x7_2 C 1x7, branch7x7_3 192 7x1
 branch7x7dbl_1 C 1x1, branch7x7dbl_2 C 7x1, branch7x7dbl_3 C 1x7, branch7x7dbl_4 C 7x1, \
 branch7x7dbl_5 192 1x7
-mean, branch_pool 192 1x1"""
-BLOCK_D = """branch3x3_1 192 1x1, branch3x3_2 320 3x3/2
+mean, branch_pool 192 1x1""",
+    "D": """branch3x3_1 192 1x1, branch3x3_2 320 3x3/2
 branch7x7x3_1 192 1x1, branch7x7x3_2 192 1x7, branch7x7x3_3 192 7x1, branch7x7x3_4 192 3x3/2
-halve"""
-BLOCK_E = """branch1x1 320 1x1
+halve""",
+    "E": """branch1x1 320 1x1
 branch3x3_1 384 1x1, branch3x3_2a 384 1x3
 branch3x3_1 384 1x1, branch3x3_2b 384 3x1
 branch3x3dbl_1 448 1x1, branch3x3dbl_2 384 3x3, branch3x3dbl_3a 384 1x3
 branch3x3dbl_1 448 1x1, branch3x3dbl_2 384 3x3, branch3x3dbl_3b 384 3x1
-C, branch_pool 192 1x1"""
-MIXED = {                           # table of each block, and what C stands for in it
-    "Mixed_5b": (BLOCK_A, "32"),                                            # 35 x 35
-    "Mixed_5c": (BLOCK_A, "64"),
-    "Mixed_5d": (BLOCK_A, "64"),
-    "Mixed_6a": (BLOCK_B, ""),                                              # 35 -> 17
-    "Mixed_6b": (BLOCK_C, "128"),
-    "Mixed_6c": (BLOCK_C, "160"),
-    "Mixed_6d": (BLOCK_C, "160"),
-    "Mixed_6e": (BLOCK_C, "192"),
-    "Mixed_7a": (BLOCK_D, ""),                                              # 17 -> 8
-    "Mixed_7b": (BLOCK_E, "mean"),
-    "Mixed_7c": (BLOCK_E, "max"),
+C, branch_pool 192 1x1""",
 }
+# Name of each block, its table, and what C stands for in it. The outputs of 5b to 5d have 35 x 35
+# pixels, those of 6a to 6e 17 x 17, and those of 7a to 7c 8 x 8.
+MIXED = """Mixed_5b A 32
+Mixed_5c A 64
+Mixed_5d A 64
+Mixed_6a B -
+Mixed_6b C 128
+Mixed_6c C 160
+Mixed_6d C 160
+Mixed_6e C 192
+Mixed_7a D -
+Mixed_7b E mean
+Mixed_7c E max"""
 # Two differences from torchvision's Inception v3: its mean pools count the padding, and its last
 # block has a mean pool where this one has a maximum.
 POOLS = {
@@ -503,39 +510,41 @@ POOLS = {
 }
 
 
-class Mixed(nn.ModuleDict):
+def add_layers(net, i, branch):
+    """Gives net the layers of one line of a table -> (their names, the channels that come out).
+    i: the channels that go in."""
+    names = []
+    for layer in branch.split(", "):
+        name, _, shape = layer.partition(" ")
+        names.append(name)
+        if name in POOLS:
+            net.add_module(name, POOLS[name])
+        else:
+            o, h, w, *stride = map(int, re.findall("[0-9]+", shape))
+            conv = conv_block(i, o, (h, w), *stride, padding=0 if stride else "same")
+            net.add_module(name, conv)
+            i = o
+    return names, i
+
+
+def run_layers(net, names, x):
+    """Applies the layers of these names one after the other."""
+    for name in names:
+        x = getattr(net, name)(x)
+    return x
+
+
+class Mixed(nn.Module):
     """One block, built from its table: i channels come in, self.channels go out."""
 
     def __init__(self, i, table):
         super().__init__()
-        self.branches = []
-        self.channels = 0
-        for branch in table.split("\n"):
-            c = i
-            names = []
-            for layer in branch.split(", "):
-                name, _, shape = layer.partition(" ")
-                names.append(name)
-                if name in POOLS:
-                    self[name] = POOLS[name]
-                else:
-                    o, h, w, *stride = map(int, re.findall("[0-9]+", shape))
-                    self[name] = conv_block(c, o, (h, w), *(stride and (2, 0)))
-                    c = o
-            self.branches.append(names)
-            self.channels += c
+        branches = [add_layers(self, i, line) for line in table.split("\n")]
+        self.branches = [names for names, _ in branches]
+        self.channels = sum(o for _, o in branches)
 
     def forward(self, x):
-        out = []
-        done = {}                                           # what two branches share, computed once
-        for names in self.branches:
-            h = x
-            for name in names:
-                if name not in done:
-                    done[name] = self[name](h)
-                h = done[name]
-            out.append(h)
-        return torch.cat(out, 1)
+        return torch.cat([run_layers(self, names, x) for names in self.branches], 1)
 
 
 class Inception(nn.Module):
@@ -554,37 +563,28 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = conv_block(3, 32, 3, 2, 0)                     # 299 -> 149
-        self.Conv2d_2a_3x3 = conv_block(32, 32, 3, 1, 0)                    # 147
-        self.Conv2d_2b_3x3 = conv_block(32, 64, 3)
-        self.maxpool1 = nn.MaxPool2d(3, 2)                                  # 73
-        self.Conv2d_3b_1x1 = conv_block(64, 80)
-        self.Conv2d_4a_3x3 = conv_block(80, 192, 3, 1, 0)                   # 71
-        self.maxpool2 = nn.MaxPool2d(3, 2)                                  # 35
-        c = 192
-        for name, (table, pool) in MIXED.items():
-            block = Mixed(c, table.replace("C", pool))
+        self.names, c = add_layers(self, 3, STEM)
+        for row in MIXED.split("\n"):
+            name, table, pool = row.split()
+            block = Mixed(c, BLOCKS[table].replace("C", pool))
             self.add_module(name, block)
+            self.names.append(name)
             c = block.channels
         self.fc = nn.Linear(c, 1008)                                        # not used
         self.eval()
 
     def forward(self, x):
         """(N, 3, 299, 299) in [-1, 1] -> (N, 2048)."""
-        *layers, _ = self.children()                                        # all but fc
-        for layer in layers:
-            x = layer(x)
-        return x.mean((2, 3))                                               # of (N, 2048, 8, 8)
+        return run_layers(self, self.names, x).mean((2, 3))                 # of (N, 2048, 8, 8)
 
     @torch.no_grad()
     def features(self, images):
         """uint8 (N, 1 or 3, H, W) of any size -> float32 (N, 2048) on the CPU. The pictures are
         resized to 299 x 299, bilinearly and without antialiasing, as in pytorch-fid."""
-        check_images(images, 3)
         out = []
         torch.backends.cudnn.allow_tf32 = False             # TF32 would cost three digits
-        for x in images.split(32):
-            x = data.to_float(x.to(self.fc.weight.device)).expand(-1, 3, -1, -1)
+        for x in in_parts(self, images, 32):
+            x = data.to_float(x)
             x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
             out.append(self(x).cpu())
             if len(out) % 32 == 0:
@@ -599,7 +599,7 @@ class Inception(nn.Module):
             if hasattr(module, "bn"):
                 module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
                 module.bn = nn.Identity()
-        return data.place(self, self.fc.weight.device)
+        return self
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -656,11 +656,11 @@ def line(result):
 def count(net, fake, labels, classes, asked=None):
     """Which classes the fakes show, uint8 (N, C, H, W), as net predicts them -> dict.
 
-    counts of each class; modes, how many of `classes` are drawn; entropy of the counts, 1 where all
-    are equal and 0 where there is one; KL, the Kullback-Leibler divergence from the uniform
-    distribution in nats; rarest, the lowest share; mean confidence; background, the median of the
-    left and right border, and that of the data. With labels asked for (N,), of each head the
-    accuracy and a table: asked (rows) against seen.
+    counts of each class; modes, how many of `classes` are drawn; KL, the Kullback-Leibler
+    divergence of the counts from the uniform distribution in nats, 0 where all are equal;
+    background, the median of the left and right border. With labels asked for (N,), the accuracy of
+    each head. Prints these, the lowest share of a class, the mean confidence, and the background of
+    the data.
 
     A class counts as drawn if the samples that show it with a confidence over 0.9 are at least a
     tenth of its share in the data: blurred samples, which get some digit each with a confidence of
@@ -674,20 +674,16 @@ def count(net, fake, labels, classes, asked=None):
     clear = seen[sure > .9 * net.strict].bincount(minlength=k)
     drawn = (clear > 0) & (clear >= wanted / 10 * net.strict)
     KL = np.log(k) - torch.special.entr(counts / n).sum().item()
-    result = {"counts": counts.tolist(), "modes": drawn.sum().item(),
-              "entropy": 1 - KL / np.log(k), "KL": KL,
-              "rarest": counts[wanted > 0].min().item() / n, "confidence": sure.mean().item(),
-              "background": fake[..., [0, -1]].median().item(), "background real": net.background}
+    result = dict(counts=counts.tolist(), modes=drawn.sum().item(), KL=KL,
+                  background=fake[..., [0, -1]].median().item())
     if asked is not None:
         names = ("hair", "eyes") if len(net.heads) == 2 else ("label",)
         asked = torch.unravel_index(asked, net.heads)
         seen = torch.unravel_index(seen, net.heads)
-        for name, size, wish, look in zip(names, net.heads, asked, seen):
+        for name, wish, look in zip(names, asked, seen):
             result[f"{name} accuracy"] = (wish == look).double().mean().item()
-            table = F.one_hot(wish, size).T @ F.one_hot(look, size)
-            result[f"{name} asked seen"] = table.tolist()
-    print(f"classes  {result['modes']} of {k} drawn, entropy {result['entropy']:.3f}, rarest "
-          f"{100 * result['rarest']:.1f}%, mean confidence {result['confidence']:.3f}\n"
+    print(f"classes  {result['modes']} of {k} drawn, KL {KL:.3f}, rarest "
+          f"{counts[wanted > 0].min() / n:.1%}, mean confidence {sure.mean():.3f}\n"
           f"         background {result['background']:.0f} of 255, in the data "
           f"{net.background:.0f}; counts {result['counts'] if k < 20 else 'in result.json'}")
     return result
@@ -730,21 +726,18 @@ def sanity(net, name, n):
     need(n >= 20, f"sanity needs --n of 20 at least and 80 pictures; {name} has {len(x)}")
     real = net.features(x[:n])
     train = x[:2 * n]
-    distance, _ = nearest(x[-2 * n:], train)
-    third, fourth = (distance > 0).split(n)
-    held_out = distance[:n][third]
+    third, fourth = nearest(x[-2 * n:], train)[0].split(n)
+    new = fourth > 0
     print("| pictures | n | FID | KID | precision | recall | accuracy | copied |\n"
           "|---|---|---|---|---|---|---|---|")
     copies = "training set copied", x[n:2 * n], y[n:2 * n]
-    rows = [*spoiled(x[-n:][fourth], y[-n:][fourth]), copies]
-    for what, x, y in rows:
+    for what, x, y in [*spoiled(x[-n:][new], y[-n:][new]), copies]:
         h = net.features(x)
         precision, recall = precision_recall(real, h)
         accuracy = ""
         if net.accuracy:
             accuracy = f"{(net.predict(x)[0] == y).double().mean():.3f}"
-        near, _ = nearest(x, train)
-        copied = excess(near, held_out)
+        copied = excess(nearest(x, train)[0], third[third > 0])
         print(f"| {what} | {len(x)} | {fid(real, h):.3g} | {kid(real, h):.3g} | {precision:.3f} | "
               f"{recall:.3f} | {accuracy} | {copied:.2f} |")
 
@@ -753,9 +746,7 @@ def sanity(net, name, n):
 
 def is_array(word):
     """Whether a word of the command line is an .npy or .npz, or the folder of a run."""
-    run = Path(word)
-    return run.suffix in (".npy", ".npz") or (run / "last.pt").is_file() or (
-        run / "samples.npy").is_file()
+    return Path(word).suffix in (".npy", ".npz") or Path(word, "last.pt").is_file()
 
 
 def array(word):
@@ -808,8 +799,8 @@ def source(word, size, net):
         return array(name)
     if name not in data.SETS and split == "train" and Path(name).is_dir():
         files = data.pictures(name)
-        first = data.read_picture(files[0], net.channels)
-        return data.read_all(files, min(*first.shape[1:], size), net.channels)
+        _, h, w = data.read_picture(files[0]).shape
+        return data.read_all(files, min(h, w, size), net.channels)
     return data.choose(name, size, split)[1]
 
 
