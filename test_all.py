@@ -1645,6 +1645,16 @@ def test_every_documented_command_is_understood():
     assert len(commands) > 40
 
 
+def test_bench_measures_both_sides(monkeypatch, capsys):
+    for row in "A (16,16)", "CycleGAN":
+        cfg, _ = ROWS[row]
+        monkeypatch.setattr(cfg, "batch", 4)
+        monkeypatch.setitem(ROWS, row, (cfg, 2))
+        for side in "textbook", "ours":
+            bench_one(row, side)
+            assert float(capsys.readouterr().out.split()[-1]) > 0
+
+
 # ---- python test_all.py bench: the textbook loop and ours, in turns, in one run ------------------
 
 def batches(batch, *sets):
@@ -1677,10 +1687,11 @@ def bench_one(row, side):
         ours = partial(cyclegan.train, cfg, style, style)
     else:
         x = images(4096, cfg.channels, gan.NETS[cfg.net][1])
-        textbook = textbook_gan(cfg, batches(cfg.batch, x))
+        loader = batches(cfg.batch, x)
+        textbook = textbook_gan(cfg, lambda: next(loader)[0])
         ours = partial(gan.train, cfg, x, torch.zeros(4096).long())
     if side == "textbook":
-        times = [time.perf_counter() for _ in zip(range(cfg.steps), textbook)]
+        times = [time.perf_counter() for _ in zip(range(cfg.steps + 1), textbook)]
         seconds = times[-1] - times[steps - 1]
     else:
         *_, log = ours(Path(tempfile.mkdtemp()), data.device("cpu"))
