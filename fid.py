@@ -658,8 +658,9 @@ def count(net, fake, labels, classes, asked=None):
 
     counts of each class; modes, how many of `classes` are drawn; KL, the Kullback-Leibler
     divergence of the counts from the uniform distribution in nats, 0 where all are equal;
-    background, the median of the left and right border. With labels asked for (N,), the accuracy of
-    each head. Prints these, the lowest share of a class, the mean confidence, and the background of
+    background, the median of the left and right border. With labels asked for (N,): the accuracy of
+    each head, and a table of how often each class asked for (row) was seen as each class (column).
+    Prints these, the lowest share of a class, the mean confidence, and the background of
     the data.
 
     A class counts as drawn if the samples that show it with a confidence over 0.9 are at least a
@@ -680,8 +681,10 @@ def count(net, fake, labels, classes, asked=None):
         names = ("hair", "eyes") if len(net.heads) == 2 else ("label",)
         asked = torch.unravel_index(asked, net.heads)
         seen = torch.unravel_index(seen, net.heads)
-        for name, wish, look in zip(names, asked, seen):
+        for name, size, wish, look in zip(names, net.heads, asked, seen):
             result[f"{name} accuracy"] = (wish == look).double().mean().item()
+            table = F.one_hot(wish, size).T @ F.one_hot(look, size)
+            result[f"{name} asked seen"] = table.tolist()
     print(f"classes  {result['modes']} of {k} drawn, KL {KL:.3f}, rarest "
           f"{counts[wanted > 0].min() / n:.1%}, mean confidence {sure.mean():.3f}\n"
           f"         background {result['background']:.0f} of 255, in the data "

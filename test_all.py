@@ -1040,6 +1040,7 @@ def test_fid_count():
         r = fid.count(net, images(2640), y, data.FACES, (y + 1) % 132)
         assert r["modes"] == modes
         assert r["hair accuracy"] == approx(10 / 11) and r["eyes accuracy"] == 0
+        assert r["eyes asked seen"][1][0] == 240
 
 
 def test_fid_line():
