@@ -126,6 +126,8 @@ DCGAN = dict(lr=2e-3, decay=1, ema=.998)
 # The lowest FID that we reached in two minutes: an R1 penalty instead of batch norm in D.
 SPEEDRUN = dict(DCGAN, bn="G", r1=1., beta1=0., beta2=.99, steps=8000)
 MNIST28 = dict(net="mnist28", z=100, h=32, init="default")
+# The paper's own settings, Gulrajani 2017: no batch norm in D, which it calls the critic (sec. 4).
+WGAN_GP = dict(d_steps=5, gp=10., bn="G", lr=1e-4, beta1=0., beta2=.9)
 PRESETS = {  # the settings that differ from the defaults above
     # Radford 2016; the Tsinghua homework, whose own settings are --lr 2e-4 --decay 0 --ema 0.
     "dcgan": DCGAN,
@@ -141,11 +143,11 @@ PRESETS = {  # the settings that differ from the defaults above
     "anime": ANIME,
     "wgan": dict(ANIME, loss="wgan", clip=.01, d_opt="rmsprop", d_steps=5, steps=600),
     "text2img": dict(ANIME, loss="acgan", cond="ac", heads=(12, 11)),
-    # CS763 lab 8; and Gulrajani 2017, without batch norm in D, which it calls the critic (sec. 4)
+    # CS763 lab 8; and Gulrajani 2017, here with a higher learning rate
     "mnist28": MNIST28,
-    "cwgan": dict(MNIST28, data="fashion,digits", loss="wgan-gp", cond="planes", heads=(10,),
-                  gp=10., bn="G", d_steps=5, lr=5e-4, beta1=0., beta2=.9, decay=1, steps=1500,
-                  sample_every=250),
+    "cwgan": MNIST28 | WGAN_GP | dict(
+        data="fashion,digits", loss="wgan-gp", cond="planes", heads=(10,), lr=5e-4, decay=1,
+        steps=1500, sample_every=250),
     # Eight Gaussians on a circle, and three digits in one picture (Metz 2017). They show whether G
     # finds all modes, which are the groups of the data: 8 and 1,000.
     "ring": dict(data="ring", net="ring", channels=2, z=2, h=128, init="default", batch=256,
@@ -161,8 +163,8 @@ MODERN = dict(loss="r3gan", r1=.3, r2=.3, penalty_every=4, bn="G", init="normal"
               lr=5e-4, beta1=0., beta2=.99, decay=0, ema=.998)
 # Settings that may change when a run is resumed, because a training step does not depend on them.
 # (With --decay 1 it depends on the number of steps; then another number is refused.)
-FREE = {"preset", "steps", "device", "amp", "log_every", "sample_every", "samples", "out", "resume",
-        "dump", "draw", "prompt"}
+FREE = set("preset steps device amp log_every sample_every samples out resume dump draw prompt"
+           .split())
 
 
 # ---- networks: one function for each pair, made only of torch layers -----------------------------
@@ -526,8 +528,8 @@ def spectral_norm(layer):
     """Replaces the weight W of a convolution or linear layer by W / sigma(W) and returns the layer.
     It stands where the handout writes SpectralNorm(layer)."""
     dim = int(isinstance(layer, nn.ConvTranspose2d))
-    weight = SpectralWeight(layer.weight, dim)
-    return nn.utils.parametrize.register_parametrization(layer, "weight", weight)
+    return nn.utils.parametrize.register_parametrization(
+        layer, "weight", SpectralWeight(layer.weight, dim))
 
 
 def diff_augment(x):
@@ -707,13 +709,12 @@ def step_acgan(G, D, opt_G, opt_D, draw, heads):
     real = D(x)                                                     # (N, 1 + K)
     fake = D(x_fake.detach())
     loss_D = F.softplus(-real[:, 0]).mean() + F.softplus(fake[:, 0]).mean()
-    classes = ac_loss(real[:, 1:], c, heads)
-    descend(opt_D, loss_D + classes)
+    descend(opt_D, loss_D + ac_loss(real[:, 1:], c, heads))
 
     after = D(x_fake)
     loss_G = F.softplus(-after[:, 0]).mean()
-    classes = ac_loss(after[:, 1:], c, heads)       # D should recognise what G was asked to draw
-    descend(opt_G, loss_G + classes)
+    # The class term: D should recognise what G was asked to draw.
+    descend(opt_G, loss_G + ac_loss(after[:, 1:], c, heads))
     return dict(x=x, x_fake=x_fake, D=loss_D, G=loss_G, real=real, fake=fake, after=after)
 
 
@@ -753,14 +754,6 @@ def step_r3gan(G, D, opt_G, opt_D, draw, r1=0., r2=0., heads=()):
 
 # ---- settings become networks --------------------------------------------------------------------
 
-def swap(net, kinds, make):
-    """Replaces all layers of some kinds. swap(D, nn.BatchNorm2d, nn.Identity) removes batch
-    norm."""
-    for i, layer in enumerate(net):
-        if isinstance(layer, kinds):
-            net[i] = make()
-
-
 class Rescale(nn.Module):
     """x -> scale x + shift."""
 
@@ -786,23 +779,24 @@ def networks(cfg):
     make, _ = NETS[cfg.net]
     K = 0 if cfg.cond == "none" else sum(cfg.heads)
     planes_K = K if cfg.cond == "planes" else 0
-    classes_K = K if cfg.cond == "ac" else 0
+    classes_K = K - planes_K                        # D sees the condition or predicts it
     # make() returns a pair. G and D have other widths and inputs, so each is from another pair.
     G, _ = make(cfg.z + K, cfg.h, cfg.channels)
     _, D = make(cfg.z, cfg.d_h or cfg.h, cfg.channels + planes_K, 1 + classes_K)
     for name, net in ("G", G), ("D", D):
         if cfg.init == "normal":
             net.apply(init)
-        if cfg.bn not in ("both", name):
-            swap(net, BATCH_NORMS, nn.Identity)
-        if cfg.act:
-            swap(net, (nn.ReLU, nn.LeakyReLU), ACTIVATIONS[cfg.act])
-        if cfg.sn in ("both", name):
-            for layer in net:
-                if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        for i, layer in enumerate(net):
+            if isinstance(layer, BATCH_NORMS) and cfg.bn not in ("both", name):
+                net[i] = nn.Identity()
+            if isinstance(layer, (nn.ReLU, nn.LeakyReLU)) and cfg.act:
+                net[i] = ACTIVATIONS[cfg.act]()
+            if isinstance(layer, nn.Tanh) and cfg.raw:
+                net[i] = Rescale(1 / 127.5, -1)     # inside both networks, pixels are in 0 .. 255
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                if cfg.sn in ("both", name):
                     spectral_norm(layer)
-    if cfg.raw:                                     # inside both networks, pixels are in 0 .. 255
-        swap(G, nn.Tanh, partial(Rescale, 1 / 127.5, -1))
+    if cfg.raw:
         D.insert(0, Rescale(127.5, 127.5))
     return G, D
 
@@ -815,8 +809,7 @@ LOSSES = {
     "lsgan": (step_lsgan, {"d_steps", "gp", "penalty"}, {}),
     "wgan": (step_wgan, {"d_steps", "clip"},
              dict(d_steps=5, clip=.01, g_opt="rmsprop", d_opt="rmsprop", lr=5e-5)),
-    "wgan-gp": (step_wgan_gp, {"d_steps", "gp"},
-                dict(d_steps=5, gp=10., bn="G", lr=1e-4, beta1=0., beta2=.9)),
+    "wgan-gp": (step_wgan_gp, {"d_steps", "gp"}, WGAN_GP),
     "acgan": (step_acgan, {"heads"}, dict(cond="ac")),
     "r3gan": (step_r3gan, {"r1", "r2", "heads"}, MODERN),
 }
@@ -828,15 +821,15 @@ def config(preset, modern=0, **changes):
     the changes.
 
     On the ring, all losses have the preset's optimiser, and gp fits points instead of pictures."""
-    fields = dict(PRESETS[preset])
-    own = fields.get("loss", "gan")
+    fields = dict(loss="gan") | PRESETS[preset]
+    own = fields["loss"]
     loss = changes.get("loss", "r3gan" if modern else own)
     if loss != own:                             # penalties and optimisers belong to a loss
-        for name in ("d_steps", "clip", "gp", "r1", "r2", "g_opt", "d_opt"):
+        for name in "d_steps clip gp r1 r2 g_opt d_opt".split():
             fields.pop(name, None)
     if modern:
         fields |= MODERN
-    if loss != fields.get("loss", own):
+    if loss != fields["loss"]:
         _, _, settings = LOSSES[loss]
         fields |= settings
     if preset == "ring":
@@ -884,9 +877,8 @@ def step_settings(cfg, step):
     _, reads, _ = LOSSES[cfg.loss]
     settings = {name: getattr(cfg, name) for name in reads}
     n = cfg.penalty_every
-    due = n if step % n == 0 else 0
     for name in reads & {"r1", "r2"}:
-        settings[name] *= due
+        settings[name] *= n * (step % n == 0)       # times n, or times 0
     if "penalty" in reads:
         settings["penalty"] = PENALTIES[cfg.penalty]
     if "heads" in reads and cfg.cond != "ac":
@@ -917,7 +909,7 @@ def refresh(G, conditions, cfg, device):
             m.momentum = None                           # torch: a plain mean over all batches
     for _ in range(40):
         i = torch.randint(len(conditions), (250,), device=device)
-        G(torch.cat([draw_z(250, cfg, device), conditions[i]], 1))
+        play_G(G, draw_z(250, cfg, device), conditions[i])
 
 
 @torch.no_grad()
@@ -932,9 +924,9 @@ def sample(G, z, c):
 
 def saturation(x):
     """Mean HSV saturation (max - min) / max of pictures (N, 3, S, S) in [-1, 1]."""
-    x = (x.clamp(-1, 1) + 1) / 2
+    x = to_uint8(x).float()
     high = x.amax(1)
-    return ((high - x.amin(1)) / high.clamp(min=1e-3)).mean()
+    return ((high - x.amin(1)) / high.clamp(min=1)).mean()              # a black pixel has 0
 
 
 def spread(x):
@@ -962,15 +954,15 @@ def statistics(cfg, nets, x, x_fake, D, G, real, fake, after):
 def train(cfg, images, labels, out, device):
     """Trains G and D and returns (G_ema, D, log). Continues from out/last.pt if it exists.
 
-    images: uint8 (n, C, S, S), labels: (n,), both on the device. Writes sample pictures, log.csv
-    and last.pt into the folder out. G_ema is the running average of G; without --ema it is G."""
+    images: uint8 (n, C, S, S) on the device, labels: (n,). Writes sample pictures, log.csv and
+    last.pt into the folder out. G_ema is the running average of G; without --ema it is G."""
     torch.manual_seed(cfg.seed)
     G, D = (data.place(net, device) for net in networks(cfg))
     G_ema = copy.deepcopy(G) if cfg.ema else G          # the one that draws the samples
     d_lr = cfg.d_lr or cfg.lr
     opt_G = optimiser(cfg.g_opt, G, cfg.lr, cfg)
     opt_D = optimiser(cfg.d_opt, D, d_lr, cfg)
-    conditions = condition(labels, cfg.heads)           # (n, K)
+    conditions = condition(labels, cfg.heads).to(device)                    # (n, K)
     fixed_z = draw_z(1000 if cfg.preset == "ring" else 64, cfg, device)     # for all sample grids
     fixed_c = conditions[torch.randint(len(images), (len(fixed_z),), device=device)]
     log = data.Log(out, cfg.steps)
@@ -995,9 +987,10 @@ def train(cfg, images, labels, out, device):
             # A smaller decay at first. The random first weights would stay for hundreds of steps.
             average(G_ema, G, min(cfg.ema, step / (step + 10)))
         # Only the lines of the log and the samples wait for the GPU.
-        if step % cfg.log_every == 0 or step in (1, cfg.steps):
+        first_or_last = step in (1, cfg.steps)
+        if step % cfg.log_every == 0 or first_or_last:
             log.write(step, cfg.batch, **statistics(cfg, parts, **last))
-        if step % cfg.sample_every == 0 or step in (1, cfg.steps):
+        if step % cfg.sample_every == 0 or first_or_last:
             if cfg.ema:
                 refresh(G_ema, conditions, cfg, device)
             x = sample(G_ema, fixed_z, fixed_c)
@@ -1018,7 +1011,7 @@ def found(x):
     distance, nearest = torch.cdist(x.flatten(1), data.RING.to(x.device)).min(1)    # (N,) each
     good = distance < 4 * .02
     of_mode = F.one_hot(nearest, 8)[good].sum(0)                                    # (8,)
-    return (of_mode >= len(x) / 8 / 5).sum(), good.float().mean()
+    return (of_mode >= len(x) / 40).sum(), good.float().mean()
 
 
 @torch.no_grad()
@@ -1065,18 +1058,11 @@ def interpolate(G, z, c, path):
 def condition_grid(G, z, heads, classes, path):
     """Writes conditions.png: one row for each class, one column for each noise vector. For faces
     the rows are hair colours and the columns eye colours, all with one noise vector."""
-    y = torch.arange(len(classes), device=z.device)
+    left, top, z = classes, (), z[:10]
     if classes == FACES:
-        y = y.view(12, 11)
-        z = z[:1].expand(11, -1)
-        left = HAIR
-        top = EYES
-    else:
-        y = y[:, None].expand(-1, 10)                   # (K, 10)
-        z = z[:10]
-        left = classes
-        top = ()
-    rows = [sample(G, z, condition(wanted, heads)) for wanted in y]
+        left, top, z = HAIR, EYES, z[:1].expand(11, -1)
+    y = torch.arange(len(classes), device=z.device).view(len(left), -1)     # (K, 1) or (12, 11)
+    rows = [sample(G, z, condition(wanted.expand(len(z)), heads)) for wanted in y]
     data.sheet(rows, path, left, top)
 
 
@@ -1093,7 +1079,7 @@ def since(rows, holds):
     if fewer than 3 rows follow it."""
     steps = []
     for row in rows:
-        steps.append(int(row["step"]))
+        steps.append(row["step"])
         if not holds(row):
             steps = []
     return steps[0] if len(steps) >= 3 else -1
@@ -1106,7 +1092,7 @@ def is_collapsed(row):
 
 def is_dead(row):
     """Nothing moves any more: both gradients are shorter than 0.001."""
-    return row["|dD|"] < 1e-3 and row["|dG|"] < 1e-3
+    return max(row["|dD|"], row["|dG|"]) < 1e-3
 
 
 PANELS = [
@@ -1120,62 +1106,57 @@ PANELS = [
 ]
 
 
-def evaluate_ring(cfg, G, D, log, out, device):
-    """Counts modes and good points of the ring; there are no pictures for a classifier."""
-    z = draw_z(cfg.samples, cfg, device)
-    modes, good = found(to_float(sample(G, z, z[:, :0])))               # z[:, :0]: no condition
-    result = dict(modes=modes.item(), good=good.item())
-    headline = f"{modes} of 8 modes, {good:.0%} good"
-    data.finish(out, cfg, log, dict(G=G, D=D), result, PANELS, headline)
-
-
-def evaluate(cfg, G, D, log, source, out, device):
-    """Pictures, metrics and result.json of a run whose samples are drawn by G."""
-    images, labels, classes = source
-    n = max(cfg.samples, cfg.dump, cfg.draw)
+def evaluate(cfg, G, D, log, images, labels, classes, out, device):
+    """Pictures, metrics and result.json of a run whose samples are drawn by G. With --prompt or
+    --draw it only draws."""
+    n = 8 if cfg.prompt else cfg.draw or max(cfg.samples, cfg.dump)
     z = draw_z(n, cfg, device)
-    y = labels[torch.randint(len(labels), (n,), device=device)]     # as frequent as in the data
+    y = labels[torch.randint(len(labels), (n,))]            # classes as frequent as in the data
     if cfg.prompt:
-        y[:8] = parse_prompt(cfg.prompt)
-        x = sample(G, z[:8], condition(y[:8], cfg.heads))
+        y[:] = parse_prompt(cfg.prompt)
+    c = condition(y, cfg.heads).to(device)
+    x = sample(G, z, c)
+    if cfg.prompt:
         print("wrote", data.sheet([x], out / "prompt.png", title=cfg.prompt))
         return
-    c = condition(y, cfg.heads)
     if cfg.draw:
-        x = sample(G, z[:cfg.draw], c[:cfg.draw])
         for i, picture in enumerate(x.expand(-1, 3, -1, -1), 1):
             data.save(data.as_image(picture), out / f"drawn/{i:05}.png")
         data.save(data.grid(x, 10), out / "drawn.png")
-        print(f"wrote    {len(x)} pictures to {out}/drawn, and all on {out}/drawn.png")
+        print(f"wrote    {n} pictures to {out}/drawn, and all on {out}/drawn.png")
         return
-    interpolate(G, z[:12], c[:6], out / "interpolation.png")
-    if cfg.heads:
-        condition_grid(G, z, cfg.heads, classes, out / "conditions.png")
-    x = sample(G, z, c)
-    if cfg.dump:
-        data.save_array(out / "samples.npy", x[:cfg.dump].permute(0, 2, 3, 1))
+    if cfg.preset == "ring":                        # points: no pictures for a classifier
+        modes, good = found(to_float(x))
+        result = dict(modes=modes.item(), good=good.item())
+        headline = f"{modes} of 8 modes, {good:.0%} good"
+    else:
+        interpolate(G, z[:12], c[:6], out / "interpolation.png")
         if cfg.heads:
-            data.save_array(out / "labels.npy", y[:cfg.dump].cpu())
-    x = x[:cfg.samples]
-    y = y[:cfg.samples].cpu()
-    net = fid.classifier(cfg.data, images.shape[-1], device)
-    result = fid.against(net, images, x, cfg.data)              # FID, KID, precision, recall, floor
-    headline = fid.line(result)
-    if classes:             # count the classes of the samples, and compare with those asked for
-        result |= fid.count(net, x, labels.cpu(), classes, y if cfg.heads else None)
-        headline += f"; {result['modes']} of {len(classes)} classes"
-    if cfg.preset == "stacked":
-        headline += f", KL {result['KL']:.3f}"
-    for what in result:
-        if what.endswith("accuracy"):
-            headline += f"; {what} {result[what]:.1%}"
-    for end, holds in ("collapsed at", is_collapsed), ("died at", is_dead):
-        result[end] = since(log.rows, holds)
-        if result[end] >= 0:
-            headline += f"; {end} {result[end]}"
-    test, _, _ = data.load(cfg.data, images.shape[-1], "test")
-    result |= fid.neighbours(images, test, x, out / "neighbours.png")
-    headline += fid.alarms(result)
+            condition_grid(G, z, cfg.heads, classes, out / "conditions.png")
+        if cfg.dump:
+            data.save_array(out / "samples.npy", x[:cfg.dump].permute(0, 2, 3, 1))
+            if cfg.heads:
+                data.save_array(out / "labels.npy", y[:cfg.dump])
+        x = x[:cfg.samples]
+        y = y[:cfg.samples]
+        net = fid.classifier(cfg.data, images.shape[-1], device)
+        result = fid.against(net, images, x, cfg.data)          # FID, KID, precision, recall, floor
+        headline = fid.line(result)
+        if classes:         # count the classes of the samples, and compare with those asked for
+            result |= fid.count(net, x, labels, classes, y if cfg.heads else None)
+            headline += f"; {result['modes']} of {len(classes)} classes"
+        if cfg.preset == "stacked":
+            headline += f", KL {result['KL']:.3f}"
+        for what in result:
+            if what.endswith("accuracy"):
+                headline += f"; {what} {result[what]:.1%}"
+        for end, holds in ("collapsed at", is_collapsed), ("died at", is_dead):
+            result[end] = since(log.rows, holds)
+            if result[end] >= 0:
+                headline += f"; {end} {result[end]}"
+        test, _, _ = data.load(cfg.data, images.shape[-1], "test")
+        result |= fid.neighbours(images, test, x, out / "neighbours.png")
+        headline += fid.alarms(result)
     data.finish(out, cfg, log, dict(G=G, D=D), result, PANELS, headline)
 
 
@@ -1183,9 +1164,8 @@ def evaluate(cfg, G, D, log, source, out, device):
 
 def check(cfg, changes):
     """UserError for settings that are out of bounds or do not go together."""
-    data.at_least(1, cfg, "z", "h", "d_steps", "penalty_every", "log_every", "sample_every")
-    data.at_least(0, cfg, "d_h", "clip", "gp", "r1", "r2", "d_lr", "beta1", "beta2", "ema", "steps",
-                  "dump", "draw")
+    data.at_least(1, cfg, *"z h d_steps penalty_every log_every sample_every".split())
+    data.at_least(0, cfg, *"d_h clip gp r1 r2 d_lr beta1 beta2 ema steps dump draw".split())
     data.at_least(200, cfg, "samples")
     need(cfg.lr > 0, f"--lr {cfg.lr} must be positive")
     need(max(cfg.beta1, cfg.beta2, cfg.ema) < 1, "--beta1, --beta2 and --ema must be below 1")
@@ -1218,9 +1198,8 @@ def main(argv=None):
     need(cfg.batch % data.WORLD == 0 and cfg.batch // data.WORLD >= 2,
          f"--batch {cfg.batch} must be a multiple of {data.WORLD}, the number of processes, and at "
          f"least {2 * data.WORLD}")
-    out = data.run_folder(cfg.preset, cfg, changes, FREE)
-    changed = " ".join(f"{name}={value}" for name, value in changes.items()) or "nothing"
-    print(f"preset   {preset}  loss {cfg.loss}  changed: {changed}")
+    out = data.run_folder(preset, cfg, changes, FREE)
+    print(f"preset   {preset}  loss {cfg.loss}  changed: {changes or 'nothing'}")
     with data.rank_0_first():               # process 0 downloads or draws the data for the others
         side = NETS[cfg.net][1]
         cfg.data, images, labels, classes = data.choose(data.kept(cfg, out), side)
@@ -1241,15 +1220,11 @@ def main(argv=None):
     if labels is None:
         labels = torch.zeros(len(images)).long()
     images = images.to(device)
-    labels = labels.to(device)
     G, D, log = train(cfg, images, labels, out, device)
     if data.RANK > 0:
         return
     torch.manual_seed(cfg.seed)
-    if cfg.preset == "ring":
-        evaluate_ring(cfg, G, D, log, out, device)
-    else:
-        evaluate(cfg, G, D, log, (images, labels, classes), out, device)
+    evaluate(cfg, G, D, log, images, labels, classes, out, device)
 
 
 if __name__ == "__main__":
