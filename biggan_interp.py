@@ -146,7 +146,11 @@ class BatchNorm(nn.Module):
             self.offset = Spectral(channels, cond_dim, bias=False)
 
     def statistics(self, truncation):
-        """Mean (C,) and variance (C,): a row of the table, or a mixture of two rows."""
+        """Mean (C,) and variance (C,): a row of the table, or a mixture of two rows. While training,
+        the row itself, into which batch_norm writes."""
+        if self.training:
+            row = round(truncation * self.last)
+            return self.running_means[row], self.running_vars[row]
         # A division as in the published code: truncation * last could round to another row.
         coef, i = math.modf(truncation / (1 / self.last))
         i = int(i)
@@ -158,13 +162,8 @@ class BatchNorm(nn.Module):
         return coef * table[:, i] + (1 - coef) * table[:, i + 1]
 
     def forward(self, x, truncation, cond=None):
-        if self.training:
-            row = round(truncation * self.last)
-            mean = self.running_means[row]
-            var = self.running_vars[row]
-        else:
-            mean, var = self.statistics(truncation)
-        x = F.batch_norm(x.float(), mean, var, training=self.training, momentum=1., eps=1e-4)
+        x = F.batch_norm(x.float(), *self.statistics(truncation), training=self.training,
+                         momentum=1., eps=1e-4)
         if cond is None:
             gain = self.weight                  # (C,)
             offset = self.bias                  # (C,)
@@ -510,26 +509,23 @@ def imagenet_names():
         return [f"class {i}" for i in range(1000)]
 
 
-def class_number(word, names):
-    """A class, by its number or its name, -> its number. A UserError lists similar names."""
-    word = word.strip().lower()
+def parse_pairs(text, names):
+    """"282, 283; tiger cat, goldfish" -> [[282, 283], [282, 1]]. For a class that is not there a
+    UserError lists similar names."""
     numbers = {}
     for i, name in enumerate(names):
         numbers[str(i)] = i
         numbers[name.lower()] = i
-    near = difflib.get_close_matches(word, numbers, 5, .5)
-    need(word in numbers, f"--pairs: no class {word!r}; similar: "
-         f"{', '.join(near) or 'none'}; give such a name, or a number below {len(names)}")
-    return numbers[word]
-
-
-def parse_pairs(text, names):
-    """"282, 283; tiger cat, goldfish" -> [[282, 283], [282, 1]]."""
     pairs = []
     for pair in filter(str.strip, text.split(";")):
-        pairs.append([class_number(word, names) for word in pair.split(",")])
-        need(len(pairs[-1]) == 2, f"--pairs: {pair.strip()!r} is not two classes, like 'tiger cat, "
+        words = [word.strip().lower() for word in pair.split(",")]
+        need(len(words) == 2, f"--pairs: {pair.strip()!r} is not two classes, like 'tiger cat, "
              "goldfish'; put ; between two pairs")
+        for word in words:
+            near = difflib.get_close_matches(word, numbers, 5, .5)
+            need(word in numbers, f"--pairs: no class {word!r}; similar: "
+                 f"{', '.join(near) or 'none'}; give such a name, or a number below {len(names)}")
+        pairs.append([numbers[word] for word in words])
     return pairs
 
 
@@ -639,8 +635,8 @@ def main(argv=None):
     begun = cfg.resume and (out / "last.pt").is_file()
     if cfg.model == "published" or not (cfg.model or begun):
         try:
-            G = load_published(data.fetch("biggan-deep-128-pytorch_model.bin", URLS))
-            G = data.place(G, device)
+            file = data.fetch("biggan-deep-128-pytorch_model.bin", URLS)
+            G = data.place(load_published(file), device)
             return evaluate(cfg, G, imagenet_names(), {}, data.Log(out, 0), out)
         except data.Unavailable as e:
             need(not cfg.model, f"{e}; or --model small, which is trained here")

@@ -585,10 +585,12 @@ def train(cfg, a, b, out, device):
         if cfg.decay:
             for opt in opt_G, opt_D:                # constant until half-way, then linearly to 0
                 opt.param_groups[0]["lr"] = cfg.lr * min(1., 2 - 2 * (step - 1) / cfg.steps)
-        x_a = draw_batch(a.train, cfg.batch)                # (N, 3, S, S)
-        x_b = draw_batch(b.train, cfg.batch)                # drawn apart: no pair
         with amp:
-            last = train_step(*D.values(), opt_G, opt_D, x_a, x_b, gan=cfg.lambda_gan, **pools)
+            last = train_step(
+                *D.values(), opt_G, opt_D,
+                draw_batch(a.train, cfg.batch),             # (N, 3, S, S)
+                draw_batch(b.train, cfg.batch),             # drawn apart: no pair
+                gan=cfg.lambda_gan, **pools)
         if step % cfg.log_every == 0 or step in (1, cfg.steps):     # the only regular GPU sync
             for name in "D(x)", "D(G(x)) before", "D(G(x)) after":
                 last[name] = torch.cat(last[name]).float().mean()
@@ -642,9 +644,9 @@ def scores(G, x, y, way):
             found[f"FID{name}"] = result["fid"]
             print(f"{way}{name}: {fid.line(result)}")
         if known:
-            hair, eyes = net.attributes(fake)
-            found["hair kept"] = (hair == x.labels // 11).float().mean()
-            found["eyes kept"] = (eyes == x.labels % 11).float().mean()
+            seen = fid.count(net, fake, y.labels, data.FACES, x.labels)
+            found["hair kept"] = seen["hair accuracy"]
+            found["eyes kept"] = seen["eyes accuracy"]
     return {f"{way} {name}": float(value) for name, value in found.items()}
 
 
@@ -665,19 +667,10 @@ def probe_accuracy(G, a, b):
     they have the same distribution, 1 if they can be separated. Its weights w are fitted to every
     second picture, by least squares for w mu_a = 1 and w mu_b = -1. The others count."""
     n = min(len(a.train), len(b.train), 1000)
-    mu_a = G.encode(to_float(a.train[:n]), "a")
-    mu_b = G.encode(to_float(b.train[:n]), "b")
-    z = torch.cat([mu_a, -mu_b]).flatten(1).cpu()               # (2 n, d); w z should be 1 for all
+    z = torch.cat([G.encode(to_float(a.train[:n]), "a"),        # (2 n, d); w z should be 1 for all
+                   -G.encode(to_float(b.train[:n]), "b")]).flatten(1).cpu()
     w = torch.linalg.lstsq(z[::2], torch.ones(n, 1)).solution
     return (z[1::2] @ w > 0).float().mean().item()
-
-
-PANELS = [
-    ("losses", ["D", "G"]),
-    ("D on real and fake, before and after its step", ["D(x)", "D(G(x)) before", "D(G(x)) after"]),
-    ("gradient norms", ["|dD|", "|dG|"]),
-    ("other terms of G's loss", ["cycle", "identity", "reconstruction", "kl", "cycle kl"]),
-]
 
 
 def evaluate(cfg, G, D, log, a, b, out):
@@ -688,7 +681,13 @@ def evaluate(cfg, G, D, log, a, b, out):
     if isinstance(G, UNIT):
         metrics["probe accuracy"] = probe_accuracy(G, a, b)
         headline += f"; probe accuracy {metrics['probe accuracy']:.1%}"
-    data.finish(out, cfg, log, dict(G=G, D=D), metrics, PANELS, headline)
+    data.finish(out, cfg, log, dict(G=G, D=D), metrics, [
+        ("losses", ["D", "G"]),
+        ("D on real and fake, before and after its step",
+         ["D(x)", "D(G(x)) before", "D(G(x)) after"]),
+        ("gradient norms", ["|dD|", "|dG|"]),
+        ("other terms of G's loss", ["cycle", "identity", "reconstruction", "kl", "cycle kl"]),
+    ], headline)
 
 
 def translate_files(cfg, out, device):
