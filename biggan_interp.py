@@ -146,7 +146,7 @@ class BatchNorm(nn.Module):
             self.offset = Spectral(channels, cond_dim, bias=False)
 
     def statistics(self, truncation):
-        """Mean (C,) and variance (C,): a row of the table, or a mixture of two rows. While training,
+        """Mean (C,) and variance (C,): a row of the table or a mixture of two rows. While training,
         the row itself, into which batch_norm writes."""
         if self.training:
             row = round(truncation * self.last)

@@ -44,8 +44,8 @@ from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 DOWNLOADS = Path(os.environ.get("DOWNLOADS", "downloads"))
-# The number of this process and how many there are. Clusters and notebooks set RANK as well, so
-# both count only where torchrun has started us.
+# The number of this process and how many there are. Clusters and notebooks also set RANK, so we
+# use both only if torchrun started us.
 RANK, WORLD = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -483,7 +483,8 @@ def textbook_gan(cfg, draw):
 
 
 @parametrize("changes", [
-    {}, dict(r1=9., penalty_every=2), dict(loss="lsgan", gp=9., sn="D"), dict(loss="wgan", g_opt="adam"),
+    {}, dict(r1=9., penalty_every=2), dict(loss="lsgan", gp=9., sn="D"),
+    dict(loss="wgan", g_opt="adam"),
     dict(loss="wgan-gp"), dict(modern=1, penalty_every=2, r2=9., init="default")])
 def test_mistake_5_no_detach_and_the_order_of_the_updates(changes, tmp_path):
     """Two steps of each loss equal a reference: D's update leaves G alone, and G is then scored, on
@@ -543,7 +544,7 @@ def test_mistake_6_samples_in_training_mode():
 
 
 @parametrize("preset", ["dcgan", "emoji", "text2img", "cwgan", "ring"])
-@parametrize("line", "gan 3, saturating 3, lsgan 3, wgan 11, wgan-gp 16, acgan 3, r3gan 4".split(", "))
+@parametrize("line", "gan 3,saturating 3,lsgan 3,wgan 11,wgan-gp 16,acgan 3,r3gan 4".split(","))
 def test_mistake_7_real_and_fake_in_one_batch(line, preset, tmp_path, monkeypatch):
     """Batch norm of D in one pass over both would mix their statistics: D has a pass of its own for
     real pictures, for fakes, and for G's update. Every loss trains on every network; only class
@@ -592,8 +593,8 @@ def train_step(G, D, real_images, labels):
 
 
 def test_networks_fit_the_conditional_lab():
-    """CS763's, with BCEWithLogitsLoss where it, like the Tsinghua train_step, has BCELoss. (The loop
-    of CSC413 is textbook_gan.)"""
+    """CS763's, with BCEWithLogitsLoss where it, like the Tsinghua train_step, has BCELoss. (The
+    loop of CSC413 is textbook_gan.)"""
     G, _ = build("mnist28", z=110, h=4)
     _, D = build("mnist28", channels=11, h=4)
     step = handout(CONDITIONAL_LAB)["train_step"]
