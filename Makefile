@@ -87,8 +87,7 @@ results: $(VENV)  ## table, samples and curves of all finished runs: out/results
 	$(PYTHON) data.py compare $(patsubst %/result.json,%,$(wildcard out/*/result.json)) --out out/results
 
 compare = $(PYTHON) data.py compare $(addprefix out/,$(2)) --out out/$(1)
-figures: $(VENV)  ## the README's pictures, once the runs that it names are there
-	$(call compare,hero,dcgan-course dcgan emoji emoji-modern1 anime anime-modern1)
+figures: $(VENV)  ## the pictures in figures/, once the runs that it names are there
 	$(PYTHON) -c "import data; x = data.read_all(['out/emoji%s.png' % n for n in ('/001000', '/010000', '/020000', '-modern1/020000')], 528); \
 	  data.sheet([i[None, :, :198] for i in x], 'out/evolution.png', ['1,000 steps', '10,000 steps', '20,000 steps', '20,000, MODERN=1'])"
 	$(call compare,sick-all,sick/collapse sick/oscillation sick/vanishing)
@@ -99,9 +98,10 @@ figures: $(VENV)  ## the README's pictures, once the runs that it names are ther
 	$(PYTHON) -c "from PIL import Image as I; i = I.open('out/fading-curves.png'); i.crop((0, i.height - 1170, i.width, i.height - 710)).save('out/fading.png')"
 	$(PYTHON) -c "from PIL import Image as I; a, b = [I.open(f'out/text2img{m}/conditions.png') for m in ('', '-modern1')]; \
 	  page = I.new('RGB', (b.width, 298 + b.height)); page.paste(a); page.paste(b, (0, 298)); page.save('out/text2img.png')"
-	for f in dcgan/curves=curves.png sick=sick.png fading=fading.png tips-all=tips.jpg seeds-all=cyclegan.png units=unit.jpg biggan/tsne=tsne.png hero=hero.png \
+	for f in dcgan/curves=curves.png sick=sick.png fading=fading.png tips-all=tips.jpg seeds-all=cyclegan.png units=unit.jpg biggan/tsne=tsne.png ring=ring.png \
 	  biggan/interpolation=walks.png evolution=evolution.jpg colours=colours.jpg text2img=text2img.jpg; do \
 	  $(PYTHON) -c "from PIL import Image as I; I.open('out/$${f%=*}.png').save('figures/$${f#*=}', quality=90)"; done
+	cp out/ring-four.gif figures/ring.gif
 
 OTHERS = fid or cyclegan or biggan or two_ranks or killed
 test: $(VENV)  ## 3 min: everything that is promised, tested, in two halves side by side

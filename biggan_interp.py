@@ -146,7 +146,11 @@ class BatchNorm(nn.Module):
             self.offset = Spectral(channels, cond_dim, bias=False)
 
     def statistics(self, truncation):
-        """Mean (C,) and variance (C,): a row of the table, or a mixture of two rows."""
+        """Mean (C,) and variance (C,): a row of the table or a mixture of two rows. While training,
+        the row itself, into which batch_norm writes."""
+        if self.training:
+            row = round(truncation * self.last)
+            return self.running_means[row], self.running_vars[row]
         # A division as in the published code: truncation * last could round to another row.
         coef, i = math.modf(truncation / (1 / self.last))
         i = int(i)
@@ -158,13 +162,8 @@ class BatchNorm(nn.Module):
         return coef * table[:, i] + (1 - coef) * table[:, i + 1]
 
     def forward(self, x, truncation, cond=None):
-        if self.training:
-            row = round(truncation * self.last)
-            mean = self.running_means[row]
-            var = self.running_vars[row]
-        else:
-            mean, var = self.statistics(truncation)
-        x = F.batch_norm(x.float(), mean, var, training=self.training, momentum=1., eps=1e-4)
+        x = F.batch_norm(x.float(), *self.statistics(truncation), training=self.training,
+                         momentum=1., eps=1e-4)
         if cond is None:
             gain = self.weight                  # (C,)
             offset = self.bias                  # (C,)
@@ -414,8 +413,8 @@ def train(cfg, images, labels, out, device):
                 "D": loss_D, "G": loss_G, "D(x)": real.mean(), "D(G(z)) before": fake.mean(),
                 "D(G(z)) after": after.mean()})
         if step % cfg.sample_every == 0 or step == cfg.steps:
-            x = sample(sampler(G_ema), fixed_z, fixed_y)
-            data.save(data.grid(x, len(EYES)), log.grid(step))
+            faces = sample(sampler(G_ema), fixed_z, fixed_y)
+            data.save(data.grid(faces, len(EYES)), log.grid(step))
             data.save_checkpoint(out / "last.pt", parts, step, cfg)
     return sampler(G_ema), log
 
@@ -429,7 +428,7 @@ def neighbour_probabilities(x, perplexity):
     `perplexity` neighbours: exp(entropy of row i) = perplexity (section 2; it must be below n - 1).
     All rows are searched at once, by bisection of log beta_i."""
     d2 = torch.cdist(x.double(), x.double()) ** 2
-    d2 = d2 / d2.mean(1, keepdim=True)
+    d2 /= d2.mean(1, keepdim=True)
     d2.fill_diagonal_(math.inf)                                         # p_{i|i} = 0
     log_beta = torch.zeros_like(d2[:, :1])
     step = 20.
@@ -437,7 +436,7 @@ def neighbour_probabilities(x, perplexity):
         p = F.softmax(-log_beta.exp() * d2, 1)
         entropy = torch.special.entr(p).sum(1, keepdim=True)            # -sum p ln p, (n, 1)
         step /= 2
-        log_beta = log_beta + torch.where(entropy > math.log(perplexity), step, -step)
+        log_beta += torch.where(entropy > math.log(perplexity), step, -step)
     return p
 
 
@@ -486,50 +485,47 @@ def tsne(x, perplexity=30., seed=0):
     for step in range(1000):
         exaggeration, momentum = (12, .5) if step < 250 else (1, .8)
         gradient = kl_gradient(exaggeration * P, y)
-        uphill = gradient * velocity > 0                # the last move went uphill: smaller steps
-        gain = torch.where(uphill, gain * .8, gain + .2).clamp(min=.01)
+        # Smaller steps for those numbers whose last move went uphill.
+        gain = torch.where(gradient * velocity > 0, gain * .8, gain + .2).clamp(min=.01)
         velocity = momentum * velocity - rate * gain * gradient
-        y = y + velocity
+        y += velocity
     return y
 
 
 # ---- classes, and pictures between them ----------------------------------------------------------
 
-COURSE = {282: "tiger cat", 283: "Persian cat", 181: "Bedlington terrier", 184: "Irish terrier",
-          837: "sunglasses", 1: "goldfish", 826: "stopwatch", 2: "great white shark"}
-COURSE_PAIRS = {"good": [(282, 283), (181, 184)], "bad": [(837, 1), (826, 2)]}     # says the course
+# The course's examples of good pairs (tiger and Persian cat, Bedlington and Irish terrier) and of
+# bad ones (sunglasses and goldfish, stopwatch and great white shark).
+COURSE_PAIRS = {"good": [(282, 283), (181, 184)], "bad": [(837, 1), (826, 2)]}
 
 
 def imagenet_names():
-    """The 1,000 names of the classes. Where the list cannot be had, the course's eight names, and
-    numbers for the others."""
+    """The 1,000 names of the classes. Where the list cannot be had, their numbers."""
     try:
         return json.loads(data.fetch("imagenet-simple-labels.json", [
             "https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/"
             "master/imagenet-simple-labels.json"]).read_text())
     except data.Unavailable:
-        return [COURSE.get(i, f"class {i}") for i in range(1000)]
-
-
-def class_number(word, names):
-    """A class, by its number or its name, -> its number. A UserError lists similar names."""
-    word = word.strip().lower()
-    if word.isdecimal() and int(word) < len(names):
-        return int(word)
-    numbers = {name.lower(): i for i, name in enumerate(names)}
-    near = difflib.get_close_matches(word, numbers, 5, .5)
-    need(word in numbers, f"--pairs: no class {word!r}; similar: "
-         f"{', '.join(near) or 'none'}; give such a name, or a number below {len(names)}")
-    return numbers[word]
+        return [f"class {i}" for i in range(1000)]
 
 
 def parse_pairs(text, names):
-    """"282, 283; tiger cat, goldfish" -> [[282, 283], [282, 1]]."""
+    """"282, 283; tiger cat, goldfish" -> [[282, 283], [282, 1]]. For a class that is not there a
+    UserError lists similar names."""
+    numbers = {}
+    for i, name in enumerate(names):
+        numbers[str(i)] = i
+        numbers[name.lower()] = i
     pairs = []
     for pair in filter(str.strip, text.split(";")):
-        pairs.append([class_number(word, names) for word in pair.split(",")])
-        need(len(pairs[-1]) == 2, f"--pairs: {pair.strip()!r} is not two classes, like 'tiger cat, "
+        words = [word.strip().lower() for word in pair.split(",")]
+        need(len(words) == 2, f"--pairs: {pair.strip()!r} is not two classes, like 'tiger cat, "
              "goldfish'; put ; between two pairs")
+        for word in words:
+            near = difflib.get_close_matches(word, numbers, 5, .5)
+            need(word in numbers, f"--pairs: no class {word!r}; similar: "
+                 f"{', '.join(near) or 'none'}; give such a name, or a number below {len(names)}")
+        pairs.append([numbers[word] for word in words])
     return pairs
 
 
@@ -590,16 +586,15 @@ def small_scores(G, images, device):
     return fid.against(net, images, x, "faces-a") | fid.count(net, x, y, FACES, y)
 
 
-def evaluate(cfg, G, names, scores, log, out, device):
+def evaluate(cfg, G, names, scores, log, out):
     """Interpolations, t-SNE and result.json. scores: small_scores(), or {} for the published model,
     which also shows the course's pairs."""
     embeddings = G.embeddings.weight.T                          # (classes, embed_dim)
-    yours = parse_pairs(cfg.pairs, names)
-    kinds = {"yours": yours} if yours else {}
+    kinds = {"yours": parse_pairs(cfg.pairs, names)}
     if not scores:
         kinds |= COURSE_PAIRS
     kinds |= extreme_pairs(embeddings.cpu())
-    z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(device)
+    z = truncated_noise(1, G.config.z_dim, cfg.truncation, cfg.seed).to(embeddings)
     rows = []
     left = []
     result = {}
@@ -608,8 +603,9 @@ def evaluate(cfg, G, names, scores, log, out, device):
             r = between_classes(embeddings[i], embeddings[j], ALPHAS)
             rows.append(sample(G, z.expand(len(r), -1), r, cfg.truncation))     # (11, 3, S, S)
             left.append(f"{kind}: {names[i]} > {names[j]}")
-        pictures = torch.stack(rows[-len(pairs):]).float()                  # (pairs, 11, 3, S, S)
-        result[kind] = pictures.diff(dim=1).abs().mean().item()
+        if pairs:
+            pictures = torch.stack(rows[-len(pairs):]).float()              # (pairs, 11, 3, S, S)
+            result[kind] = pictures.diff(dim=1).abs().mean().item()
     data.sheet(rows, out / "interpolation.png", left, [f"{a:.1f}" for a in ALPHAS],
                f"alpha r1 + (1 - alpha) r2 at one z, truncation {cfg.truncation:g}")
     changes = ", ".join(f"{kind} {change:.2f}" for kind, change in result.items())
@@ -639,16 +635,16 @@ def main(argv=None):
     begun = cfg.resume and (out / "last.pt").is_file()
     if cfg.model == "published" or not (cfg.model or begun):
         try:
-            G = load_published(data.fetch("biggan-deep-128-pytorch_model.bin", URLS))
-            G = data.place(G, device)
-            return evaluate(cfg, G, imagenet_names(), {}, data.Log(out, 0), out, device)
+            file = data.fetch("biggan-deep-128-pytorch_model.bin", URLS)
+            G = data.place(load_published(file), device)
+            return evaluate(cfg, G, imagenet_names(), {}, data.Log(out, 0), out)
         except data.Unavailable as e:
             need(not cfg.model, f"{e}; or --model small, which is trained here")
             print(f"model    small, trained here: {e}")
     parse_pairs(cfg.pairs, FACES)                       # an error in them comes before the training
     _, images, labels, _ = data.choose("faces-a", SMALL.size)
     G, log = train(cfg, images.to(device), labels.to(device), out, device)
-    evaluate(cfg, G, FACES, small_scores(G, images, device), log, out, device)
+    evaluate(cfg, G, FACES, small_scores(G, images, device), log, out)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ class CycleConfig:
 
 
 # Settings that may change when a run is resumed, because they do not change what is trained. (model
-# is among them only because the folder's name contains it anyway: train does not let it change.)
+# is among them only because the folder's name contains it anyway. The weights of one model do not
+# fit the other, and data.restore says so.)
 FREE = {"model", "steps", "device", "amp", "log_every", "sample_every", "out", "resume",
         "translate", "direction"}
 PAIRS = {"emojis": ("emoji-apple", "emoji-windows"), "faces": ("faces-a", "faces-b"),
@@ -146,16 +147,15 @@ class ResnetBlock(nn.Module):
 def CycleGenerator(conv_dim=32, init_zero_weights=False):
     """(N, 3, S, S) -> (N, 3, S, S), both in [-1, 1]. 144,448 parameters; the handout's default is
     conv_dim=64. init_zero_weights: the two convolutions of the encoder start with small weights."""
-    c = conv_dim
     return nn.Sequential(
-        conv(3, c, 5, init_zero_weights=init_zero_weights),     # 32 -> 16
+        conv(3, conv_dim, 5, init_zero_weights=init_zero_weights),      # 32 -> 16
         nn.ReLU(),
-        conv(c, 2 * c, 5, init_zero_weights=init_zero_weights),     # 8
+        conv(conv_dim, 2 * conv_dim, 5, init_zero_weights=init_zero_weights),   # 8
         nn.ReLU(),
-        ResnetBlock(2 * c),
-        upconv(2 * c, c, 5),                                    # 16
+        ResnetBlock(2 * conv_dim),
+        upconv(2 * conv_dim, conv_dim, 5),                      # 16
         nn.ReLU(),
-        upconv(c, 3, 5, batch_norm=False),                      # 32
+        upconv(conv_dim, 3, 5, batch_norm=False),               # 32
         nn.Tanh(),
     )
 
@@ -408,9 +408,8 @@ def step_cyclegan(G_ab, G_ba, D_a, D_b, opt_G, opt_D, a, b, gan=1., cycle=.015, 
     real_b = D_b(b)                         # norm does not mix them
     seen_a = D_a(pool_a(fake_a.detach()))   # detach: D's loss must not reach into G
     seen_b = D_b(pool_b(fake_b.detach()))
-    loss_D_a = (least_squares(real_a, 1) + least_squares(seen_a, 0)) / 2
-    loss_D_b = (least_squares(real_b, 1) + least_squares(seen_b, 0)) / 2
-    loss_D = loss_D_a + loss_D_b
+    loss_D = (least_squares(real_a, 1) + least_squares(seen_a, 0)
+              + least_squares(real_b, 1) + least_squares(seen_b, 0)) / 2
     descend(opt_D, loss_D)
 
     # ---- G: translations towards 1, scored by the updated D, and the terms above ----
@@ -462,9 +461,8 @@ def step_unit(G, D_a, D_b, opt_G, opt_D, a, b, gan=10., recon=100., kl=.1,
     real_b = D_b(b)                         # norm does not mix them
     seen_a = D_a(pool_a(fake_a.detach()))   # detach: D's loss must not reach into G
     seen_b = D_b(pool_b(fake_b.detach()))
-    loss_D_a = (least_squares(real_a, 1) + least_squares(seen_a, 0)) / 2
-    loss_D_b = (least_squares(real_b, 1) + least_squares(seen_b, 0)) / 2
-    loss_D = loss_D_a + loss_D_b
+    loss_D = (least_squares(real_a, 1) + least_squares(seen_a, 0)
+              + least_squares(real_b, 1) + least_squares(seen_b, 0)) / 2
     descend(opt_D, loss_D)
 
     # ---- G: translations towards 1, scored by the updated D, and the terms above ----
@@ -574,7 +572,7 @@ def train(cfg, a, b, out, device):
     pools = dict(pool_a=ImagePool(cfg.pool), pool_b=ImagePool(cfg.pool))
     log = data.Log(out, cfg.steps)
     parts = dict(pools, G=G, D=D, opt_G=opt_G, opt_D=opt_D, log=log)
-    start = data.restore(parts, out / "last.pt", cfg, FREE - {"model"}, device)
+    start = data.restore(parts, out / "last.pt", cfg, FREE, device)
     amp = data.autocast(cfg.amp, device)
     train_step = partial(step_unit, G)
     if cfg.model == "cyclegan":
@@ -585,13 +583,14 @@ def train(cfg, a, b, out, device):
         # Reseed every step from (seed, step): a resumed run sees the same batches and noise.
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         if cfg.decay:
-            rate = min(1., 2 - 2 * (step - 1) / cfg.steps)  # 1 until half-way, then linearly to 0
-            for opt in opt_G, opt_D:
-                opt.param_groups[0]["lr"] = cfg.lr * rate
-        x_a = draw_batch(a.train, cfg.batch)                # (N, 3, S, S)
-        x_b = draw_batch(b.train, cfg.batch)                # drawn apart: no pair
+            for opt in opt_G, opt_D:                # constant until half-way, then linearly to 0
+                opt.param_groups[0]["lr"] = cfg.lr * min(1., 2 - 2 * (step - 1) / cfg.steps)
         with amp:
-            last = train_step(*D.values(), opt_G, opt_D, x_a, x_b, gan=cfg.lambda_gan, **pools)
+            last = train_step(
+                *D.values(), opt_G, opt_D,
+                draw_batch(a.train, cfg.batch),             # (N, 3, S, S)
+                draw_batch(b.train, cfg.batch),             # drawn apart: no pair
+                gan=cfg.lambda_gan, **pools)
         if step % cfg.log_every == 0 or step in (1, cfg.steps):     # the only regular GPU sync
             for name in "D(x)", "D(G(x)) before", "D(G(x)) after":
                 last[name] = torch.cat(last[name]).float().mean()
@@ -645,9 +644,9 @@ def scores(G, x, y, way):
             found[f"FID{name}"] = result["fid"]
             print(f"{way}{name}: {fid.line(result)}")
         if known:
-            hair, eyes = net.attributes(fake)
-            found["hair kept"] = (hair == x.labels // 11).float().mean()
-            found["eyes kept"] = (eyes == x.labels % 11).float().mean()
+            seen = fid.count(net, fake, y.labels, data.FACES, x.labels)
+            found["hair kept"] = seen["hair accuracy"]
+            found["eyes kept"] = seen["eyes accuracy"]
     return {f"{way} {name}": float(value) for name, value in found.items()}
 
 
@@ -668,19 +667,10 @@ def probe_accuracy(G, a, b):
     they have the same distribution, 1 if they can be separated. Its weights w are fitted to every
     second picture, by least squares for w mu_a = 1 and w mu_b = -1. The others count."""
     n = min(len(a.train), len(b.train), 1000)
-    mu_a = G.encode(to_float(a.train[:n]), "a")
-    mu_b = G.encode(to_float(b.train[:n]), "b")
-    z = torch.cat([mu_a, -mu_b]).flatten(1).cpu()               # (2 n, d); w z should be 1 for all
+    z = torch.cat([G.encode(to_float(a.train[:n]), "a"),        # (2 n, d); w z should be 1 for all
+                   -G.encode(to_float(b.train[:n]), "b")]).flatten(1).cpu()
     w = torch.linalg.lstsq(z[::2], torch.ones(n, 1)).solution
     return (z[1::2] @ w > 0).float().mean().item()
-
-
-PANELS = [
-    ("losses", ["D", "G"]),
-    ("D on real and fake, before and after its step", ["D(x)", "D(G(x)) before", "D(G(x)) after"]),
-    ("gradient norms", ["|dD|", "|dG|"]),
-    ("other terms of G's loss", ["cycle", "identity", "reconstruction", "kl", "cycle kl"]),
-]
 
 
 def evaluate(cfg, G, D, log, a, b, out):
@@ -691,7 +681,13 @@ def evaluate(cfg, G, D, log, a, b, out):
     if isinstance(G, UNIT):
         metrics["probe accuracy"] = probe_accuracy(G, a, b)
         headline += f"; probe accuracy {metrics['probe accuracy']:.1%}"
-    data.finish(out, cfg, log, dict(G=G, D=D), metrics, PANELS, headline)
+    data.finish(out, cfg, log, dict(G=G, D=D), metrics, [
+        ("losses", ["D", "G"]),
+        ("D on real and fake, before and after its step",
+         ["D(x)", "D(G(x)) before", "D(G(x)) after"]),
+        ("gradient norms", ["|dD|", "|dG|"]),
+        ("other terms of G's loss", ["cycle", "identity", "reconstruction", "kl", "cycle kl"]),
+    ], headline)
 
 
 def translate_files(cfg, out, device):
@@ -731,8 +727,7 @@ def main(argv=None):
         translate_files(cfg, out, device)
         return
     a, b = load_pair(cfg, out, device)
-    G, D, log = train(cfg, a, b, out, device)
-    evaluate(cfg, G, D, log, a, b, out)
+    evaluate(cfg, *train(cfg, a, b, out, device), a, b, out)
 
 
 if __name__ == "__main__":

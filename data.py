@@ -17,7 +17,6 @@ In this order: errors and files, reading, data sets, drawn data sets, load, pict
 several processes, runs, compare.
 """
 import argparse
-import contextlib
 import ctypes
 import dataclasses
 import gzip
@@ -34,17 +33,19 @@ import time
 import typing
 import urllib.request
 import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 DOWNLOADS = Path(os.environ.get("DOWNLOADS", "downloads"))
-# The number of this process and how many there are. Clusters and notebooks set RANK as well, so
-# both count only where torchrun has started us.
+# The number of this process and how many there are. Clusters and notebooks also set RANK, so we
+# use both only if torchrun started us.
 RANK, WORLD = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -78,7 +79,7 @@ def at_least(low, cfg, *fields):
              f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least {low}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic(path):
     """Yields a path beside `path` to write to; it is renamed to `path` only when the block ends
     without an error, so no half-written file ever has the final name. The number of the process is
@@ -125,7 +126,7 @@ def find(name):
 
 def content(path):
     """The bytes of a file, unpacked if it is a sound gzip file."""
-    with contextlib.suppress(Exception), gzip.open(path) as f:
+    with suppress(Exception), gzip.open(path) as f:
         return f.read(MAX_BYTES)
     return Path(path).read_bytes()
 
@@ -134,16 +135,6 @@ def sha256_of(path):
     """sha256 of the content of a file as a hexadecimal string. For a gzip file it is that of the
     unpacked content, which stays the same when somebody packs it again."""
     return hashlib.sha256(content(path)).hexdigest()
-
-
-def download(url, path, sha256):
-    """Fetch one URL to `path`. An error, and urllib has many kinds, unless all of it arrives."""
-    with urllib.request.urlopen(url, timeout=10) as answer, atomic(path) as part:
-        print(f"downloading {url} ({answer.headers['Content-Length']} bytes) ...", flush=True)
-        raw = answer.read()                         # an error if the connection ends early
-        need(not raw.lstrip().startswith(b"<"), "a web page came instead of the file")
-        part.write_bytes(raw)
-        need(not sha256 or sha256_of(part) == sha256, f"wrong file: its sha256 is not {sha256}")
 
 
 def fetch(name, urls, sha256=None, also=()):
@@ -157,14 +148,21 @@ def fetch(name, urls, sha256=None, also=()):
              f"{found} is cut off or another file than expected, which is {' or '.join(urls)} "
              f"(sha256 of its unpacked content: {sha256}); move it to another place")
         return found
+    path = DOWNLOADS / name
     why = f"{name} is not on disk and no mirror has it"
     for url in urls:
         try:
-            download(url, DOWNLOADS / name, sha256)
-            return DOWNLOADS / name
+            with urllib.request.urlopen(url, timeout=10) as answer, atomic(path) as part:
+                print(f"downloading {url} ({answer.headers['Content-Length']} bytes) ...")
+                raw = answer.read()                 # an error if the connection ends early
+                need(not raw.lstrip().startswith(b"<"), "a web page came instead of the file")
+                part.write_bytes(raw)
+                need(not sha256 or sha256_of(part) == sha256,
+                     f"wrong file: its sha256 is not {sha256}")
+            return path
         except Exception as e:                      # a connection can fail in many ways
             why += f"; {url}: {e}"
-    raise Unavailable(f"{why}; put it at {DOWNLOADS / name}")
+    raise Unavailable(f"{why}; put it at {path}")
 
 
 # ---- reading pictures, folders and archives ------------------------------------------------------
@@ -187,7 +185,7 @@ def read_picture(source, channels=3):
         with Image.open(file) as im:
             need(not im.mode.startswith("I"), "over 8 bits per channel: convert it to 8")
             im.load()
-            with contextlib.suppress(Exception):    # damaged EXIF says nothing about the pixels
+            with suppress(Exception):    # damaged EXIF says nothing about the pixels
                 im = ImageOps.exif_transpose(im)
             if im.has_transparency_data:
                 im = im.convert("RGBA")
@@ -234,10 +232,9 @@ def fit(x, size):
     to `size` pixels a side, antialiased."""
     h, w = x.shape[-2:]
     s = min(h, w)
-    top = (h - s) // 2
-    left = (w - s) // 2
-    planes = x[..., top:top + s, left:left + s].reshape(-1, 1, s, s).float()
-    planes = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    x = x[..., (h - s) // 2:, (w - s) // 2:][..., :s, :s]
+    planes = F.interpolate(x.reshape(-1, 1, s, s).float(), (size, size), mode="bilinear",
+                           antialias=True)
     return planes.round().byte().view(*x.shape[:-2], size, size)
 
 
@@ -282,7 +279,7 @@ def members(name, urls=()):
 def cached(key, build):
     """(images, labels or None) of build(), built once and kept in downloads/cache/<key>.pt."""
     path = DOWNLOADS / "cache" / f"{key}.pt"
-    with contextlib.suppress(Exception):            # there is none, or a damaged one: build it
+    with suppress(Exception):            # there is none, or a damaged one: build it
         return torch.load(path, weights_only=True)
     tensors = build()
     save_state(path, tensors)
@@ -291,19 +288,17 @@ def cached(key, build):
 
 # ---- data sets that are downloaded or put there by hand ------------------------------------------
 
-# sha256 of the unpacked files
-MNIST = {
-    "train-images-idx3": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-FASHION = {
-    "train-images-idx3": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
+# {name: sha256 of the unpacked file}
+HASHES = dict(re.findall(r"(\S+) (\w{64})", """
+    mnist/train-images-idx3 ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db
+    mnist/train-labels-idx1 65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5
+    mnist/t10k-images-idx3 0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7
+    mnist/t10k-labels-idx1 ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2
+    fashion_mnist/train-images-idx3 c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888
+    fashion_mnist/train-labels-idx1 bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9
+    fashion_mnist/t10k-images-idx3 5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b
+    fashion_mnist/t10k-labels-idx1 0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34
+"""))
 MNIST_URLS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/"]
 FASHION_URLS = ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
@@ -315,7 +310,7 @@ EYES = "gray black orange pink yellow aqua purple green brown red blue".split()
 FACES = [f"{hair} hair {eyes} eyes" for hair in HAIR for eyes in EYES]  # 11 * hair + eyes: 132
 
 
-def idx_set(folder, other, hashes, urls, size, split):
+def idx_set(folder, other, urls, size, split):
     """MNIST or Fashion-MNIST from folder/, packed or unpacked, or from torchvision's other/raw/.
 
     The files are a header of fixed length, known through the hash, and the bytes. From 28 to 32
@@ -323,8 +318,8 @@ def idx_set(folder, other, hashes, urls, size, split):
     def read(name):
         name = f"{'train' if split == 'train' else 't10k'}-{name}"
         file = f"{name}-ubyte"
-        path = fetch(f"{folder}/{file}.gz", [f"{url}{file}.gz" for url in urls], hashes[name],
-                     [f"{folder}/{file}", f"{other}/raw/{file}"])
+        path = fetch(f"{folder}/{file}.gz", [f"{url}{file}.gz" for url in urls],
+                     HASHES[f"{folder}/{name}"], [f"{folder}/{file}", f"{other}/raw/{file}"])
         return torch.frombuffer(bytearray(content(path)), dtype=torch.uint8)
     x = read("images-idx3")[16:].view(-1, 1, 28, 28)
     x = F.pad(x, (2, 2, 2, 2)) if size == 32 else fit(x, size)
@@ -392,17 +387,17 @@ def draw_digits(n, seed, size):
 
     Each is a digit of Pillow's font with a random stroke width, distorted by moving the four
     corners of the picture at random."""
-    r = np.random.RandomState(seed)
-    labels = r.randint(0, 10, n)
-    x = np.empty((n, 1, size, size), np.uint8)
-    for i, y in enumerate(labels):
+    r = RandomState(seed)
+    labels = r.randint(0, 10, n, np.int64)
+    x = []
+    for y in labels:
         im = Image.new("L", (96, 96))
         ImageDraw.Draw(im).text((48, 48), str(y), 255, font(72), "mm",
                                 stroke_width=r.randint(1, 6))
         corners = [0, 0, 0, 96, 96, 96, 96, 0] + r.normal(0, 8, 8)      # x and y of each
         im = im.transform((96, 96), Image.QUAD, corners, Image.BILINEAR)
-        x[i, 0] = im.resize((size, size), Image.BOX)
-    return x, labels.astype(np.int64)
+        x.append(np.array(im.resize((size, size), Image.BOX)))
+    return np.stack(x)[:, None], labels
 
 
 # {name: colour} for hair and eyes
@@ -440,7 +435,7 @@ def draw_faces(style, n, first, size):
     x = np.empty((n, 3, size, size), np.uint8)
     labels = np.empty(n, np.int64)
     for i in range(n):
-        r = np.random.RandomState(first + i)
+        r = RandomState(first + i)
         hair = r.randint(12)
         eye = r.randint(11)
         im = Image.new("RGB", (128, 128), "#5c6a80" if soft else "#fffaeb")
@@ -460,7 +455,7 @@ def drawn_set(name, size, split):
     translation; the test faces are the same in both, so a translation can be compared with the
     truth."""
     def build():
-        print(f"drawing  {name} ({split}) ...", flush=True)
+        print(f"drawing  {name} ({split}) ...")
         if name == "digits":
             n, seed = (20_000, 1) if split == "train" else (4_000, 2)
             arrays = draw_digits(n, seed, size)
@@ -480,7 +475,7 @@ def draw_ring(n, seed):
     """n points of eight Gaussians around the centres RING with standard deviation 0.02, as pictures
     with two channels and one pixel, so that all code for pictures works on them: uint8
     (n, 2, 1, 1). A step of uint8 is 0.4 standard deviations, which is fine enough."""
-    r = np.random.RandomState(seed)
+    r = RandomState(seed)
     x = RING[r.randint(0, 8, n)] + .02 * torch.from_numpy(r.randn(n, 2))
     return to_uint8(x)[..., None, None]
 
@@ -507,10 +502,9 @@ def load(name, size, split="train"):
             y = torch.cat([y, y2])
         return torch.cat([x, x2]), y, classes
     if name == "mnist":
-        return *idx_set("mnist", "MNIST", MNIST, MNIST_URLS, size, split), DIGITS
+        return *idx_set("mnist", "MNIST", MNIST_URLS, size, split), DIGITS
     if name == "fashion":
-        return (*idx_set("fashion_mnist", "FashionMNIST", FASHION, FASHION_URLS, size, split),
-                CLOTHES)
+        return *idx_set("fashion_mnist", "FashionMNIST", FASHION_URLS, size, split), CLOTHES
     if name.startswith("emoji"):
         return *emoji_set(name[6:].capitalize(), size, split), []
     if name == "anime":
@@ -521,7 +515,7 @@ def load(name, size, split="train"):
         # Stacked MNIST, Metz 2017 sec. 3.3.1: three random digits as red, green and blue.
         x, y, _ = load(name[8:] or "mnist", size, split)        # stacked-digits -> digits
         shape = 60_000 if split == "train" else 10_000, 3
-        i = np.random.RandomState(0).randint(0, len(x), shape)
+        i = RandomState(0).randint(0, len(x), shape)
         return x[i, 0], y[i] @ torch.tensor([100, 10, 1]), [f"{k:03}" for k in range(1000)]
     return *drawn_set(name, size, split), DIGITS if name == "digits" else FACES
 
@@ -548,7 +542,7 @@ def choose(names, size, split="train"):
             others = len([*files_in(Path(name), set())]) - len(pictures(name))
             note += f"  ({others} other files left out)"
         n, c, h, w = images.shape
-        print(f"data     {name}: {n:,} pictures {c} x {h} x {w}{note}", flush=True)
+        print(f"data     {name}: {n:,} pictures {c} x {h} x {w}{note}")
         return name, images, labels, classes
 
 
@@ -564,8 +558,9 @@ def to_uint8(x):
 
 # ---- pictures out --------------------------------------------------------------------------------
 
-COLOURS = ("#1f77b4 #d64541 #2c8c3c #ff8c00 #8250b4 #14a0aa #825a46 #dc64aa #6e6e6e #aaaa1e "
-           "#3c3ca0 #000000").split()
+# Twelve colours, three times over for charts with more lines.
+COLOURS = 3 * """#1f77b4 #d64541 #2c8c3c #ff8c00 #8250b4 #14a0aa #825a46 #dc64aa #6e6e6e
+                 #aaaa1e #3c3ca0 #000000""".split()
 
 
 def font(size=12):
@@ -609,10 +604,10 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
     marks: numbers of the columns that get a red frame."""
     strips = [grid(row, len(row)) for row in rows]
     w = strips[0].width / len(rows[0])
-    x0 = 12 + int(max(font().getlength(word) for word in ["", *left]))
+    x0 = 12 + int(max(map(font().getlength, left), default=0))
     y0 = 4 + 20 * bool(title) + 20 * bool(top)
-    width = x0 + max(strip.width for strip in strips)
-    page = Image.new("RGB", (width, y0 + sum(strip.height for strip in strips)), "white")
+    size = x0 + max(strip.width for strip in strips), y0 + sum(strip.height for strip in strips)
+    page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
     write(draw, (8, 12), title, 15)
     y = y0
@@ -633,7 +628,7 @@ def gif(path, frames):
     """PNG files or Pillow images -> one looping GIF of about 50 of them at most; each is shown for
     150 milliseconds, the last ten times as long."""
     frames = frames[::1 + len(frames) // 50] + 9 * frames[-1:]
-    pages = [(frame if isinstance(frame, Image.Image) else Image.open(frame)).convert("RGB")
+    pages = [(Image.open(frame) if isinstance(frame, Path) else frame).convert("RGB")
              for frame in frames]
     with atomic(path) as part:
         pages[0].save(part, "GIF", save_all=True, append_images=pages[1:], loop=0, duration=150)
@@ -645,12 +640,13 @@ def legend(draw, y, names, colours):
     """Names behind dots in their colours, on as many lines as they need, the first at height y."""
     x = 60
     for name, colour in zip(names, colours):
-        if x + font().getlength(name) > 800:
+        width = 30 + font().getlength(name)
+        if x + width > 830:
             x = 60
             y += 14
         draw.ellipse((x, y - 4, x + 8, y + 4), colour)
         write(draw, (x + 12, y), name)
-        x += 30 + font().getlength(name)
+        x += width
 
 
 def ticks(low, high):
@@ -688,8 +684,8 @@ def chart(path, panels):
             write(draw, (54, y), f"{value:g}", anchor="rm")
         draw.rectangle((60, top + 56, 814, top + 206), outline="black")
         write(draw, (60, top + 14), title, 15)
-        legend(draw, top + 32, lines, COLOURS * 3)
-        for (steps, ys), colour in zip(lines.values(), COLOURS * 3):
+        legend(draw, top + 32, lines, COLOURS)
+        for (steps, ys), colour in zip(lines.values(), COLOURS):
             draw.line([*map(pixel, steps, np.clip(ys, low, high))], colour, 2)
         top += 230
     write(draw, (814, page.height - 10), "step", anchor="rm")
@@ -734,7 +730,7 @@ def meet(name):
         sys.stdout = open(os.devnull, "w", errors="replace")
 
 
-@contextlib.contextmanager
+@contextmanager
 def rank_0_first():
     """Rank 0 runs the block first. The other ranks run it afterwards and find on disk what rank 0
     has put there."""
@@ -764,11 +760,12 @@ def over_ranks(opt):
 def run_main(main):
     """Run main() as a command: an error of the user's is one line on stderr and exit code 2; Ctrl-C
     is exit code 130."""
-    if hasattr(sys.stdout, "reconfigure"):      # a name that the console cannot show is no error
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):      # a notebook's has no such method
+        # Each line shows at once, also in a file or pipe; a name that the console cannot show is no
+        # error.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-        sys.stdout.flush()
         return
     except UserError as e:
         why = str(e)
@@ -811,20 +808,19 @@ def arguments(Config, argv=None, presets={}, hide=(), positional=""):
     if presets:
         parser.add_argument("preset", choices=presets, metavar="PRESET",
                             help=f"{' '.join(presets)}; PRESET --help shows its own values")
-    fields = {f.name: f for f in dataclasses.fields(Config) if f.name not in hide}
     for line in inspect.getsource(Config).splitlines():
         title = re.match(" +# -+ (.+)", line)
         field = re.match(r" +(\w+): .*?# (.*)", line)
         if title:
             group = parser.add_argument_group(title[1])
-        elif field and field[1] in fields:
-            f = fields[field[1]]
-            if f.name == positional:
-                parser.add_argument(f.name, nargs="*", help=field[2])
-                continue
-            group.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default),
-                               help=f"{field[2]} (default {getattr(shown, f.name)!r})",
-                               default=argparse.SUPPRESS, choices=typing.get_args(f.type) or None)
+        elif field and field[1] == positional:
+            parser.add_argument(positional, nargs="*", help=field[2])
+        elif field and field[1] not in hide:
+            name, words = field.groups()
+            group.add_argument(f"--{name.replace('_', '-')}", type=type(getattr(Config, name)),
+                               help=f"{words} (default {getattr(shown, name)!r})",
+                               default=argparse.SUPPRESS,
+                               choices=typing.get_args(Config.__annotations__[name]) or None)
     given = vars(parser.parse_intermixed_args(argv))
     return given.pop("preset", ""), given
 
@@ -832,7 +828,7 @@ def arguments(Config, argv=None, presets={}, hide=(), positional=""):
 def keep_memory():
     """Make the C library of Linux keep the memory that a step frees. Otherwise it goes back to the
     system, and every step spends time to get it again."""
-    with contextlib.suppress(Exception):                            # other systems differ
+    with suppress(Exception):                            # other systems differ
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)                   # M_MMAP_THRESHOLD: 32 MB
         libc.mallopt(-1, 1 << 30)                   # M_TRIM_THRESHOLD: 1 GB
@@ -868,8 +864,7 @@ def autocast(amp, device):
     native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
-    on = native if amp < 0 else amp == 1
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return torch.autocast(device.type, torch.bfloat16, native if amp < 0 else amp == 1)
 
 
 # ---- runs: folder, checkpoints, log --------------------------------------------------------------
@@ -894,7 +889,7 @@ def run_folder(name, cfg, changes, free):
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     need(os.access(DOWNLOADS, os.W_OK), f"cannot write to {DOWNLOADS}: set DOWNLOADS=FOLDER")
     print(f"run      {out}  seed {cfg.seed}  {device(cfg.device)}  "
-          f"{torch.get_num_threads()} threads  torch {torch.__version__}", flush=True)
+          f"{torch.get_num_threads()} threads  torch {torch.__version__}")
     return out
 
 
@@ -1040,7 +1035,7 @@ class Log:
                        header=",".join(self.rows[0]), comments="")
         shown = [f"{name.split()[0]} {value:8.3g}" for name, value in numbers.items()]
         print(f"step {step:>{len(str(self.total))}}/{self.total}  {'  '.join(shown[:4])}  "
-              f"{speed * batch:6.0f} img/s  {left // 60}:{left % 60:02} left"[:100], flush=True)
+              f"{speed * batch:6.0f} img/s  {left // 60}:{left % 60:02} left"[:100])
 
 
 def finish(out, cfg, log, nets, metrics, panels, headline):
@@ -1079,7 +1074,7 @@ def read_run(folder):
     try:
         record = json.loads(Path(folder, "result.json").read_text(encoding="utf-8-sig"))
         numbers = dict(step=record["step"], seconds=record["seconds"]) | record["metrics"]
-        numbers = {name: x for name, x in numbers.items() if isinstance(x, (int, float))}
+        numbers = {name: x for name, x in numbers.items() if isinstance(x, int | float)}
         paths = [Path(folder, f"{step:06d}.png") for step in record["grids"]]
         for path in filter(Path.is_file, paths):
             picture = read_picture(path)
@@ -1092,8 +1087,8 @@ def read_run(folder):
 
 def compare(folders, out):
     """Several runs: the first row of their last samples on <out>.png, curves on <out>-curves.png,
-    numbers in <out>.md. Returns the table as Markdown, a row for each run. A folder without a
-    readable result is left out, and a line says so."""
+    numbers in <out>.md, a table in Markdown with a row for each run, which is printed as well. A
+    folder without a readable result is left out, and a line says so."""
     runs = {}
     for folder in folders:
         try:
@@ -1102,11 +1097,12 @@ def compare(folders, out):
             print(f"left out: {e}")
     need(runs, "no finished run to compare; train one first")
     names = dict.fromkeys(name for numbers, _, _ in runs.values() for name in numbers)
-    rows = [["run", *names], ["---"] * (1 + len(names))]
+    table = f"| run | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}"
     lines = {}
     strips = []
     for name, (numbers, picture, log) in runs.items():
-        rows.append([name, *[f"{numbers[k]:,.5g}" if k in numbers else "" for k in names]])
+        cells = [f"{numbers[k]:,.5g}" if k in numbers else "" for k in names]
+        table += f"\n| {name} | {' | '.join(cells)} |"
         for column in set(log) - {"step", "seconds"}:
             lines.setdefault(column, {})[name] = log["step"], log[column]
         _, h, w = picture.shape                     # a grid of 8 x 8; else a sheet, shown whole
@@ -1114,9 +1110,8 @@ def compare(folders, out):
     sheet(strips, f"{out}.png", list(runs))
     if lines:
         chart(f"{out}-curves.png", sorted(lines.items()))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     write_text(f"{out}.md", table)
-    return table
+    print(f"{table}\nwrote {out}.png {out}-curves.png {out}.md")
 
 
 def tile(folders, out):
@@ -1129,6 +1124,7 @@ def tile(folders, out):
     need(frames, f"{folders[0]} has no sample pictures; train it first")
     save(frames[-1], f"{out}.png")
     gif(f"{out}.gif", frames)
+    print(f"wrote {out}.png {out}.gif")
 
 
 @dataclasses.dataclass
@@ -1143,12 +1139,7 @@ def main(argv=None):
     do, changes = arguments(Command, argv, dict(compare=Command, tile=Command), positional="runs")
     a = Command(**changes)
     need(a.runs, f"{do} which runs? python data.py --help has an example")
-    if do == "tile":
-        tile(a.runs, a.out)
-        print(f"wrote {a.out}.png {a.out}.gif")
-    else:
-        print(compare(a.runs, a.out))
-        print(f"wrote {a.out}.png {a.out}-curves.png {a.out}.md")
+    (tile if do == "tile" else compare)(a.runs, a.out)
 
 
 if __name__ == "__main__":

@@ -11,22 +11,23 @@ Two networks play against each other (Goodfellow 2014, equation 1):
 
     min over G, max over D of   E[log D(x)] + E[log(1 - D(G(z)))]
 
-D tries to tell real pictures x from fakes G(z). G tries to fool D. In this file D returns a score
-without a bound. For the loss above it is a logit, and the D(x) of the equation is its sigmoid.
+D tries to tell real pictures x from fakes G(z). G tries to fool D. In this file D returns an
+unbounded score. For the loss above this is a logit, and the D(x) of the equation is its sigmoid.
 Pictures lie in [-1, 1]. Every loss is something to minimise, averaged over the batch; D's loss is
 therefore the negative of what equation 1 maximises.
 
 A condition c tells G what to draw, for example a digit as a one-hot vector. G gets it appended to
-its noise. D either sees it as extra channels of the picture, or returns, beside real or fake, its
-own guess of c. If there is no condition, c has the shape (N, 0) for a batch of N pictures.
+its noise. D either sees it as extra channels of the picture, or outputs a guess of c in addition to
+its score for real or fake. If there is no condition, c has the shape (N, 0), where N is the number
+of pictures in the batch.
 
 A preset is a network, a data set and a loss, with settings from a course or a paper. --loss puts
 another loss on the same networks: it names a training step (see LOSSES).
 
 Results of seed 0 on MNIST and on Apple's emojis (an AMD EPYC, Zen 5, torch 2.13). The FID is a
 distance between generated and real pictures, and lower is better. It uses features of fid.py's own
-classifier, so it does not compare with the FIDs of papers. Two halves of the real data have an FID
-of 0.055 (MNIST) and 0.70 (emojis), which is the best that one can expect:
+classifier, so it cannot be compared with the FIDs in papers. Two halves of the real data have an
+FID of 0.055 (MNIST) and 0.70 (emojis), which is the best that one can expect:
 
     python gan.py dcgan                                FID 1.06
     python gan.py dcgan --lr 2e-4 --decay 0 --ema 0    FID 4.63    the course's own settings
@@ -98,7 +99,7 @@ class GANConfig:
     bn: Literal["both", "G", "D", "none"] = "both"  # which networks keep their batch norm
     sn: Literal["none", "D", "both"] = "none"       # which networks get spectral norm
     raw: int = 0                    # 1: pixels in 0..255 and no tanh; combine it with --bn none
-    cond: Literal["none", "planes", "ac"] = "none"  # D sees c as channels, predicts it
+    cond: Literal["none", "planes", "ac"] = "none"  # D sees c as channels; predicts c
     # ---- the loss
     loss: Loss = "gan"              # which training step is used, see LOSSES
     d_steps: int = 1                # lsgan and wgans: updates of D for each update of G
@@ -108,7 +109,7 @@ class GANConfig:
     r1: float = 0.                  # gan, r3gan: weight (gamma) of the R1 penalty, on real pictures
     r2: float = 0.                  # gan, r3gan: weight (gamma) of the R2 penalty, on fakes
     penalty_every: int = 16         # R1 and R2 only in every n-th step, with n times the weight
-    augment: int = -1               # 1: D sees augmented pictures; -1: for r3gan on under 10,000
+    augment: int = -1               # 1 on, 0 off, -1 on for r3gan with under 10,000 pictures
     # ---- the optimisers
     g_opt: Optimiser = "adam"       # optimiser of G
     d_opt: Optimiser = "adam"       # optimiser of D
@@ -117,7 +118,7 @@ class GANConfig:
     beta1: float = 0.5              # Adam's decay of the first moment
     beta2: float = 0.999            # Adam's decay of the second moment
     decay: int = 0                  # 1: the learning rates fall linearly to 0 in the second half
-    ema: float = 0.                 # decay of a running average of G's weights, which draws samples
+    ema: float = 0.                 # decay of the running average of G that draws samples; 0: none
 
 
 ANIME = dict(data="anime,faces-a", net="anime", channels=3, z=100, h=64, steps=2000,
@@ -138,8 +139,8 @@ PRESETS = {  # the settings that differ from the defaults above
     # handout give D twice as much, --d-lr 6e-4.
     "emoji": dict(data="emoji-apple,faces-a", net="emoji", channels=3, z=100, h=32, d_h=64,
                   noise="uniform", loss="lsgan", init="default", lr=3e-4, batch=32),
-    # Radford 2016, Arjovsky 2017, Odena 2017; NTU MLDS HW3, whose WGAN has other settings than the
-    # paper's (those are in LOSSES)
+    # Radford 2016, Arjovsky 2017, Odena 2017; NTU MLDS HW3. The preset wgan has the
+    # course's settings; those of the paper are in LOSSES.
     "anime": ANIME,
     "wgan": dict(ANIME, loss="wgan", clip=.01, d_opt="rmsprop", d_steps=5, steps=600),
     "text2img": dict(ANIME, loss="acgan", cond="ac", heads=(12, 11)),
@@ -161,8 +162,8 @@ PRESETS = {  # the settings that differ from the defaults above
 # (Zhao 2020).
 MODERN = dict(loss="r3gan", r1=.3, r2=.3, penalty_every=4, bn="G", init="normal", d_opt="adam",
               lr=5e-4, beta1=0., beta2=.99, decay=0, ema=.998)
-# Settings that may change when a run is resumed, because a training step does not depend on them.
-# (With --decay 1 it depends on the number of steps; then another number is refused.)
+# Settings that may change when a run is resumed, because they do not say what is trained. (With
+# --decay 1 the rate depends on the number of steps; then a larger number is refused.)
 FREE = set("preset steps device amp log_every sample_every samples out resume dump draw prompt"
            .split())
 
@@ -483,8 +484,8 @@ def mean_norm_penalty(D, x, x_fake):
         return grad.flatten(1).norm(dim=1).mean()
 
 
-# What --penalty accepts. R1 also pulls the gradient to 0, but only at real pictures, where the
-# gradient of the best D is 0 anyway.
+# What --penalty accepts. R1 also pulls the gradient to 0, but only at real pictures, where it is 0
+# anyway once G's pictures are like the real ones.
 PENALTIES = {"gp": gradient_penalty, "r1": lambda D, x, x_fake: r1_penalty(D, x),
              "mean-norm": mean_norm_penalty}
 
@@ -536,8 +537,8 @@ def diff_augment(x):
     """DiffAugment, Zhao 2020: every picture (N, C, S, S) gets random colours and a random shift.
 
     D sees all pictures, real and fake, only in this form, which makes it harder to memorise a small
-    data set. The changes of both come from the same distribution and gradients pass through, so G
-    does not learn the changed colours. lerp(a, b, w) = a + w (b - a)."""
+    data set. Both are changed at random in the same way, and gradients flow through, so G still
+    learns unchanged pictures. lerp(a, b, w) = a + w (b - a)."""
     n = len(x)
     side = x.shape[-1]
     light, colour, contrast = torch.rand(3, n, 1, 1, 1, device=x.device)
@@ -553,8 +554,8 @@ def diff_augment(x):
 
 
 # ---- one training step for each loss, after its paper --------------------------------------------
-# Each function updates D and then G, once. This is how to use one in a program of your own, where x
-# holds all training pictures, float (n, C, S, S) in [-1, 1]:
+# Each function updates D, once or d_steps times, and then G once. This is how to use one in a
+# program of your own, where x holds all training pictures, float (n, C, S, S) in [-1, 1]:
 #
 #     G, D = build("dcgan")
 #     opt_G = torch.optim.Adam(G.parameters(), 2e-4, betas=(.5, .999))
@@ -574,7 +575,7 @@ def diff_augment(x):
 #
 # The functions return what the log shows: the last batch x, x_fake; both losses without penalties
 # and class terms; and D's logits for x (real), for x_fake (fake), and for the fakes of G's update,
-# scored by the updated D (after).
+# scored by the updated D (after). In step_lsgan x_fake is from G's update.
 
 def descend(opt, loss):
     """One optimiser step that reduces a loss. Gradients go only to the weights of this optimiser,
@@ -655,8 +656,8 @@ def step_wgan(G, D, opt_G, opt_D, draw, d_steps=5, clip=.01):
         G minimises  -E D(G(z))
 
     A negative loss of D is healthy: its absolute value estimates the Wasserstein distance of real
-    and fake pictures, up to a constant factor. G is updated on the last fakes of D; the paper draws
-    new noise."""
+    and fake pictures, up to a constant factor. G is updated on the fakes of D's last update; the
+    paper draws new noise."""
     for _ in range(d_steps):
         x, z, *c = draw()
         x_fake = G(z, *c)
@@ -679,7 +680,7 @@ def step_wgan_gp(G, D, opt_G, opt_D, draw, d_steps=5, gp=10.):
         G minimises  -E D(G(z))
 
     D should not use batch norm (section 4), which makes the gradient of one picture depend on the
-    others. G is updated on the last fakes of D; the paper draws new noise."""
+    others. G is updated on the fakes of D's last update; the paper draws new noise."""
     for _ in range(d_steps):
         x, z, *c = draw()
         x_fake = G(z, *c)
@@ -780,7 +781,7 @@ def networks(cfg):
     K = 0 if cfg.cond == "none" else sum(cfg.heads)
     planes_K = K if cfg.cond == "planes" else 0
     classes_K = K - planes_K                        # D sees the condition or predicts it
-    # make() returns a pair. G and D have other widths and inputs, so each is from another pair.
+    # make() returns a pair, but G and D need different sizes, so we call it once for each.
     G, _ = make(cfg.z + K, cfg.h, cfg.channels)
     _, D = make(cfg.z, cfg.d_h or cfg.h, cfg.channels + planes_K, 1 + classes_K)
     for name, net in ("G", G), ("D", D):
@@ -801,8 +802,8 @@ def networks(cfg):
     return G, D
 
 
-# What --loss accepts: the training step, the settings that it reads, and the settings that go with
-# it on any network: those of its paper, what it needs (acgan), or ours (r3gan).
+# For each --loss: its training step, the settings that this step reads, and the settings that it
+# brings to any network (from its paper; for acgan what it needs; for r3gan our own).
 LOSSES = {
     "gan": (step_gan, {"r1", "r2"}, {}),
     "saturating": (partial(step_gan, saturating=True), {"r1", "r2"}, {}),
@@ -816,9 +817,11 @@ LOSSES = {
 
 
 def config(preset, modern=0, **changes):
-    """The GANConfig of a preset. Settings are combined in this order, and later ones win: the
-    preset's; with modern=1, MODERN; if changes name another loss, those that go with it (LOSSES);
-    the changes.
+    """The GANConfig of a preset. Settings are combined in this order, and later ones win:
+    1. those of the preset; if another loss is chosen, without penalties, d_steps and optimisers;
+    2. with modern=1, MODERN;
+    3. if changes name another loss, those that it brings (LOSSES);
+    4. the changes.
 
     On the ring, all losses have the preset's optimiser, and gp fits points instead of pictures."""
     fields = dict(loss="gan") | PRESETS[preset]
@@ -984,9 +987,9 @@ def train(cfg, images, labels, out, device):
         with amp:
             last = training_step(*players, draw, **step_settings(cfg, step))
         if cfg.ema:
-            # A smaller decay at first. The random first weights would stay for hundreds of steps.
+            # Start with a smaller decay. Otherwise the average remembers the random first weights.
             average(G_ema, G, min(cfg.ema, step / (step + 10)))
-        # Only the lines of the log and the samples wait for the GPU.
+        # We wait for the GPU only here, to log and to draw samples.
         first_or_last = step in (1, cfg.steps)
         if step % cfg.log_every == 0 or first_or_last:
             log.write(step, cfg.batch, **statistics(cfg, parts, **last))
@@ -1017,7 +1020,8 @@ def found(x):
 @torch.no_grad()
 def ring_page(cfg, D, images, x, step, side=240):
     """A Pillow picture of the plane: D's output in seven bands from orange (fake) to blue (real),
-    500 real points in grey, the points x (uint8, N 2 1 1) in red, and how many modes they cover."""
+    500 real points in grey, 500 of the points x (uint8, N 2 1 1) in red. The title counts the modes
+    that all points x cover."""
     line = torch.linspace(-1, 1, side)
     plane = torch.cartesian_prod(-line, line).flip(1)               # (x, y) of all pixels, by rows
     v = D(plane.view(-1, 2, 1, 1).to(images.device))[:, 0].cpu()    # (side * side,)
@@ -1075,8 +1079,8 @@ def parse_prompt(text):
 
 
 def since(rows, holds):
-    """The first logged step from which holds(row) stays true until the end; -1 if there is none, or
-    if fewer than 3 rows follow it."""
+    """The first logged step from which holds(row) stays true until the end; -1 if there are
+    fewer than 3 such rows."""
     steps = []
     for row in rows:
         steps.append(row["step"])
@@ -1176,7 +1180,7 @@ def check(cfg, changes):
         need(name not in changes, f"--{name.replace('_', '-')} has no effect on --loss {cfg.loss}")
     need(cfg.loss != "wgan" or cfg.clip, "--loss wgan needs a --clip above 0")
     need(cfg.cond != "ac" or "heads" in reads, f"--cond ac trains D to predict classes, but --loss "
-         f"{cfg.loss} does not read them: add --cond planes, or use --loss acgan or r3gan")
+         f"{cfg.loss} cannot do this: add --cond planes, or use --loss acgan or r3gan")
     need(cfg.loss != "acgan" or cfg.cond == "ac", "--loss acgan needs --cond ac")
     points = cfg.preset == "ring"
     need((NETS[cfg.net][1] == 1) == points, "the networks ring and ring3 go with the preset ring")
@@ -1203,7 +1207,7 @@ def main(argv=None):
     with data.rank_0_first():               # process 0 downloads or draws the data for the others
         side = NETS[cfg.net][1]
         cfg.data, images, labels, classes = data.choose(data.kept(cfg, out), side)
-    need(images.shape[-1] == side, f"--data {cfg.data} belongs to the preset ring")
+    need((cfg.data == "ring") == (preset == "ring"), "--data ring and the preset ring go together")
     need(len(images) >= 18, f"{cfg.data} has {len(images)} picture(s) to train on; give it 20, of "
          "which 18 are for training")
     cfg.channels = images.shape[1]
