@@ -154,7 +154,7 @@ PRESETS = {  # the settings that differ from the defaults above
     "ring": dict(data="ring", net="ring", channels=2, z=2, h=128, init="default", batch=256,
                  g_opt="adam", d_opt="adam", lr=1e-3, beta1=.5, beta2=.99, ema=.98,
                  penalty_every=1, steps=2000, sample_every=50),
-    "stacked": dict(SPEEDRUN, data="stacked,stacked-digits", channels=3, z=100, steps=15000,
+    "stacked": dict(SPEEDRUN, data="stacked,stacked-digits", channels=3, z=100, lr=1e-3, steps=15000,
                     sample_every=1000, samples=26000),
 }
 # What one would do today, on the networks and data of any preset: the relativistic loss of Huang

@@ -600,9 +600,9 @@ def test_ring_counts_modes_and_good_points():
     x[6::8][19:] = 0                                # 19 of 100 points: less than a fifth
     assert gan.found(x)[0] == 6
     _, D = build("ring")
-    points = data.to_uint8(data.RING)[:1, :, None, None]            # at the right, (0.75, 0)
+    points = data.to_uint8(data.RING)[1:2, :, None, None]           # above, at the right
     page = gan.ring_page(gan.config("ring"), D, points, points, 1)
-    assert page.getpixel((210, 120)) == (215, 30, 30)
+    assert page.getpixel((184, 56)) == (215, 30, 30)
 
 
 def test_between_prompts_and_ends():
