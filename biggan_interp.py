@@ -146,7 +146,7 @@ class BatchNorm(nn.Module):
             self.offset = Spectral(channels, cond_dim, bias=False)
 
     def statistics(self, truncation):
-        """Mean (C,) and variance (C,): a row of the table or a mixture of two rows. While training,
+        """Mean (C,) and variance (C,): a row of the table, or a mixture of two rows; while training
         the row itself, into which batch_norm writes."""
         if self.training:
             row = round(truncation * self.last)
@@ -413,8 +413,8 @@ def train(cfg, images, labels, out, device):
                 "D": loss_D, "G": loss_G, "D(x)": real.mean(), "D(G(z)) before": fake.mean(),
                 "D(G(z)) after": after.mean()})
         if step % cfg.sample_every == 0 or step == cfg.steps:
-            faces = sample(sampler(G_ema), fixed_z, fixed_y)
-            data.save(data.grid(faces, len(EYES)), log.grid(step))
+            x = sample(sampler(G_ema), fixed_z, fixed_y)
+            data.save(data.grid(x, len(EYES)), log.grid(step))
             data.save_checkpoint(out / "last.pt", parts, step, cfg)
     return sampler(G_ema), log
 
