@@ -1033,7 +1033,7 @@ def test_fid_count():
     """A class is drawn if a tenth of its share in the data shows it with a confidence over 0.9, so
     a blur is none. Of faces, label = 11 * hair + eyes: asked for the next label, all eyes differ,
     and the hair where the eyes were the last."""
-    net = mock.Mock(heads=(12, 11), strict=1, background=7)
+    net = mock.Mock(heads=(12, 11), strict=1)
     y = torch.arange(132).repeat(20)
     for n, sure, modes in (264, .91, 132), (132, .91, 0), (2640, .89, 0):
         net.predict.return_value = y, sure * (torch.arange(2640) < n)
