@@ -604,7 +604,8 @@ def test_compare_and_a_run_that_blows_up():
 
 
 @posix
-@parametrize("case", """gan.py dcgan --data digits --samples 200 --loss wgan --decay 1 --d-lr .9 -> .2
+@parametrize("case", """\
+gan.py dcgan --data digits --samples 200 --loss wgan --decay 1 --d-lr .9 -> .2
 gan.py text2img --data faces-a --samples 200 --h 4 --amp 1 --sn D -> .0002
 gan.py emoji --data faces-a --samples 200 --h 4 --modern 1 --d-h 4 --ema .9 -> .0005
 cyclegan.py --data faces --pool 6 -> .0003""".split("\n"))
