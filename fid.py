@@ -160,7 +160,7 @@ def nearest(x, y):
         if x is y:
             distance.fill_diagonal_(torch.inf)
         value, i = distance.min(1)
-        index[value < best] = start + i[value < best]
+        index = torch.where(value < best, start + i, index)
         best = best.minimum(value)
     error = a - y[index].flatten(1)                     # cdist rounds: equal pictures are not at 0
     return error.square().mean(1).sqrt(), index
@@ -223,11 +223,8 @@ def neighbours(train, test, fake, path):
 
 def alarms(result):
     """What a headline says of the dict of `neighbours`: names and shares of those over ALARM."""
-    words = ""
-    for name in ("copied", "twins"):
-        if (result[name] or 0) > ALARM:             # None where nothing was counted
-            words += f"; {name} {result[name]:.0%}"
-    return words
+    return "".join(f"; {name} {result[name]:.0%}" for name in ("copied", "twins")
+                   if (result[name] or 0) > ALARM)          # None where nothing was counted
 
 
 # ---- disturbances --------------------------------------------------------------------------------
@@ -267,7 +264,6 @@ class Classifier(nn.Module):
     heads: the number of classes of each head, (10,) for digits, (12, 11) for hair and eyes.
     accuracy: the share of the test pictures that each head labels correctly, or ()."""
     name = "classifier trained here"
-    scale = "compares only with FIDs of this classifier, not with Inception's"
     accuracy = ()
     strict = 1                      # see count
 
@@ -291,16 +287,14 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         """Floats (N, C, size, size) in [-1, 1] -> logits [(N, k), ...], one tensor per head."""
-        return self.head(self.body(x)).split(self.heads, dim=1)
+        return self.head(self.body(x)).split(self.heads, 1)
 
     @torch.no_grad()
     def features(self, images):
         """uint8 (N, C, H, W) of any size -> float32 (N, 128) on the CPU."""
         self.eval()
-        out = []
-        for x in in_parts(self, images, 500):
-            out.append(self.body(data.to_float(data.fit(x, self.size))).cpu())
-        return torch.cat(out)
+        return torch.cat([self.body(data.to_float(data.fit(x, self.size))).cpu()
+                          for x in in_parts(self, images, 500)])
 
     @torch.no_grad()
     def predict(self, images):
@@ -309,7 +303,7 @@ class Classifier(nn.Module):
         h = self.features(images).to(self.head.weight.device)
         label = 0
         sure = 1.
-        for logits in self.head(h).cpu().split(self.heads, dim=1):
+        for logits in self.head(h).cpu().split(self.heads, 1):
             chance, i = logits.softmax(1).max(1)                            # (N, k) -> (N,)
             label = label * logits.shape[1] + i
             sure = sure * chance
@@ -377,8 +371,7 @@ def train_classifier(net, images, labels):
         loss.backward()
         optimiser.step()
         if step % 200 == 1:
-            print(f"training {net.name}, once: step {step} of {STEPS}, loss {loss.item():.3f}",
-                  flush=True)
+            print(f"training {net.name}, once: step {step} of {STEPS}, loss {loss.item():.3f}")
 
 
 def classifier(name, size, device="cpu"):
@@ -390,7 +383,7 @@ def classifier(name, size, device="cpu"):
     if name.startswith("stacked"):
         digits = "mnist" if name == "stacked" else "digits"
         return Stacked(classifier(digits, size, device), name)
-    images, labels, classes = data.load(name, size, "train")
+    images, labels, classes = data.load(name, size)
     heads = (len(classes),)
     if classes == data.FACES:
         heads = (12, 11)                                    # hair, eyes
@@ -404,7 +397,6 @@ def classifier(name, size, device="cpu"):
         net = data.place(Classifier(images.shape[1], size, heads), device)
         net.name = f"classifier-{tag}"
         net.data = name
-        net.background = images[..., [0, -1]].median().item()
         if path.is_file():
             saved = data.load_checkpoint(path, device)
             net.accuracy = saved.pop("accuracy")
@@ -422,7 +414,6 @@ def classifier(name, size, device="cpu"):
 class Stacked:
     """The classifier of one digit, applied to each channel of stacked digits. It has the interface
     of a Classifier, with 3 x 128 features and labels 0 .. 999. The accuracy is that of a digit."""
-    scale = Classifier.scale
     channels = 3
     strict = 0
 
@@ -431,7 +422,6 @@ class Stacked:
         self.data = name
         self.name = f"classifier-{name}"
         self.size = net.size
-        self.background = net.background
         self.accuracy = net.accuracy
 
     def features(self, images):
@@ -510,72 +500,65 @@ POOLS = {
 }
 
 
-def add_layers(net, i, branch):
-    """Gives net the layers of one line of a table -> (their names, the channels that come out).
-    i: the channels that go in."""
-    names = []
-    for layer in branch.split(", "):
-        name, _, shape = layer.partition(" ")
-        names.append(name)
-        if name in POOLS:
-            net.add_module(name, POOLS[name])
-        else:
-            o, h, w, *stride = map(int, re.findall("[0-9]+", shape))
-            conv = conv_block(i, o, (h, w), *stride, padding=0 if stride else "same")
-            net.add_module(name, conv)
-            i = o
-    return names, i
-
-
-def run_layers(net, names, x):
-    """Applies the layers of these names one after the other."""
-    for name in names:
-        x = getattr(net, name)(x)
-    return x
-
-
 class Mixed(nn.Module):
-    """One block, built from its table: i channels come in, self.channels go out."""
+    """Branches side by side, built from a table: i channels come in, self.out go out."""
 
     def __init__(self, i, table):
         super().__init__()
-        branches = [add_layers(self, i, line) for line in table.split("\n")]
-        self.branches = [names for names, _ in branches]
-        self.channels = sum(o for _, o in branches)
+        self.branches = []          # of each branch the names of its layers
+        self.out = 0
+        for branch in table.split("\n"):
+            names = []
+            c = i                                           # channels that go into the next layer
+            for layer in branch.split(", "):
+                name, _, shape = layer.partition(" ")
+                names.append(name)
+                module = POOLS.get(name)
+                if not module:
+                    o, h, w, *stride = map(int, re.findall("[0-9]+", shape))
+                    module = conv_block(c, o, (h, w), *stride, padding=0 if stride else "same")
+                    c = o
+                self.add_module(name, module)
+            self.branches.append(names)
+            self.out += c
 
     def forward(self, x):
-        return torch.cat([run_layers(self, names, x) for names in self.branches], 1)
+        outputs = []
+        for names in self.branches:
+            h = x
+            for name in names:
+                h = getattr(self, name)(h)
+            outputs.append(h)
+        return torch.cat(outputs, 1)
 
 
-class Inception(nn.Module):
+class Inception(Mixed):
     """Inception v3 (Szegedy 2016) with the layers and weights of the TensorFlow graph of
     2015-12-05, which gives the published FIDs. It has 23,850,960 parameters, 1008 classes and no
-    auxiliary head.
+    auxiliary head. The whole network is one branch, whose last layers are blocks.
 
     "Published" means the numbers of the common PyTorch port, pytorch-fid: pictures are resized with
     align_corners=False and scaled to [-1, 1]. The original TensorFlow code samples at other points
     and scales by (x - 128) / 128, so its FIDs differ slightly."""
     name = "inception"
-    scale = "compares with published FIDs at equal numbers of pictures"
     channels = 3
     size = 299
     accuracy = ()
 
     def __init__(self):
-        super().__init__()
-        self.names, c = add_layers(self, 3, STEM)
+        super().__init__(3, STEM)
         for row in MIXED.split("\n"):
             name, table, pool = row.split()
-            block = Mixed(c, BLOCKS[table].replace("C", pool))
+            block = Mixed(self.out, BLOCKS[table].replace("C", pool))
             self.add_module(name, block)
-            self.names.append(name)
-            c = block.channels
-        self.fc = nn.Linear(c, 1008)                                        # not used
+            self.branches[0].append(name)
+            self.out = block.out
+        self.fc = nn.Linear(self.out, 1008)                                 # not used
         self.eval()
 
     def forward(self, x):
         """(N, 3, 299, 299) in [-1, 1] -> (N, 2048)."""
-        return run_layers(self, self.names, x).mean((2, 3))                 # of (N, 2048, 8, 8)
+        return super().forward(x).mean((2, 3))                      # of (N, 2048, 8, 8)
 
     @torch.no_grad()
     def features(self, images):
@@ -606,13 +589,12 @@ class Inception(nn.Module):
 
 def shuffled(images):
     """The rows of a tensor in an order that is random but always the same."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order]
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
 
 
 def scores(net, real, fake):
     """Metrics of fakes against as many real pictures, uint8 (N, C, H, W) -> dict: fid, kid,
-    precision, recall (these three of at most 5,000), n, n_real, features, scale, floor, floor_n.
+    precision, recall (these three of at most 5,000), n, n_real, features, floor, floor_n.
 
     The floor is the FID of real pictures against others: the first n against the next n, or halves
     where there are fewer. No generator is expected to get below it. Papers take all real pictures:
@@ -626,7 +608,7 @@ def scores(net, real, fake):
     few = x[:5000], y[:5000]
     precision, recall = precision_recall(*few)
     return dict(fid=fid(x, y), kid=kid(*few), precision=precision, recall=recall, n=n,
-                n_real=len(x), features=net.name, scale=net.scale, floor=floor, floor_n=half)
+                n_real=len(x), features=net.name, floor=floor, floor_n=half)
 
 
 def against(net, images, fake, name):
@@ -660,8 +642,7 @@ def count(net, fake, labels, classes, asked=None):
     divergence of the counts from the uniform distribution in nats, 0 where all are equal;
     background, the median of the left and right border. With labels asked for (N,): the accuracy of
     each head, and a table of how often each class asked for (row) was seen as each class (column).
-    Prints these, the lowest share of a class, the mean confidence, and the background of
-    the data.
+    Prints these, the lowest share of a class and the mean confidence.
 
     A class counts as drawn if the samples that show it with a confidence over 0.9 are at least a
     tenth of its share in the data: blurred samples, which get some digit each with a confidence of
@@ -679,16 +660,15 @@ def count(net, fake, labels, classes, asked=None):
                   background=fake[..., [0, -1]].median().item())
     if asked is not None:
         names = ("hair", "eyes") if len(net.heads) == 2 else ("label",)
-        asked = torch.unravel_index(asked, net.heads)
-        seen = torch.unravel_index(seen, net.heads)
-        for name, size, wish, look in zip(names, net.heads, asked, seen):
+        parts = [torch.unravel_index(labels, net.heads) for labels in (asked, seen)]
+        for name, size, wish, look in zip(names, net.heads, *parts):
             result[f"{name} accuracy"] = (wish == look).double().mean().item()
-            table = F.one_hot(wish, size).T @ F.one_hot(look, size)
+            table = F.one_hot(wish, size).T @ F.one_hot(look, size)     # (size, size)
             result[f"{name} asked seen"] = table.tolist()
     print(f"classes  {result['modes']} of {k} drawn, KL {KL:.3f}, rarest "
           f"{counts[wanted > 0].min() / n:.1%}, mean confidence {sure.mean():.3f}\n"
-          f"         background {result['background']:.0f} of 255, in the data "
-          f"{net.background:.0f}; counts {result['counts'] if k < 20 else 'in result.json'}")
+          f"         background {result['background']:.0f} of 255; counts "
+          f"{result['counts'] if k < 20 else 'in result.json'}")
     return result
 
 
@@ -737,9 +717,7 @@ def sanity(net, name, n):
     for what, x, y in [*spoiled(x[-n:][new], y[-n:][new]), copies]:
         h = net.features(x)
         precision, recall = precision_recall(real, h)
-        accuracy = ""
-        if net.accuracy:
-            accuracy = f"{(net.predict(x)[0] == y).double().mean():.3f}"
+        accuracy = f"{(net.predict(x)[0] == y).double().mean():.3f}" if net.accuracy else ""
         copied = excess(nearest(x, train)[0], third[third > 0])
         print(f"| {what} | {len(x)} | {fid(real, h):.3g} | {kid(real, h):.3g} | {precision:.3f} | "
               f"{recall:.3f} | {accuracy} | {copied:.2f} |")
@@ -758,7 +736,7 @@ def array(word):
     that converts it, for other arrays."""
     path = Path(word)
     if path.is_dir():
-        path = path / "samples.npy"
+        path /= "samples.npy"
     need(path.is_file(), f"no {path}: add --dump 10000 to the command that trained it, python "
          "gan.py dcgan --dump 10000; or name two sources, REAL GENERATED")
     try:
@@ -802,8 +780,8 @@ def source(word, size, net):
         return array(name)
     if name not in data.SETS and split == "train" and Path(name).is_dir():
         files = data.pictures(name)
-        _, h, w = data.read_picture(files[0]).shape
-        return data.read_all(files, min(h, w, size), net.channels)
+        sides = data.read_picture(files[0]).shape[1:]
+        return data.read_all(files, min(*sides, size), net.channels)
     return data.choose(name, size, split)[1]
 
 
@@ -812,18 +790,18 @@ def source(word, size, net):
 def network(cfg, name, size):
     """Inception if it is asked for or can be had, else the classifier of the data set `name`."""
     device = data.device(cfg.device)
-    why = ""
     if cfg.features != "classifier":
         try:
             path = data.fetch(WEIGHTS, WEIGHTS_URLS, WEIGHTS_SHA256)
             net = data.place(Inception().load_published(data.load_checkpoint(path)), device)
-            print(f"features {net.name}: {net.scale}")
+            print("features inception: compares with published FIDs at equal numbers of pictures")
             return net
         except data.Unavailable as e:
             need(cfg.features == "auto", f"{e}; or --features classifier, which needs no download")
-            why = ("\n         since Inception's weights could not be downloaded; they belong at\n"
-                   f"         {data.DOWNLOADS / WEIGHTS}")
-    print(f"features {Classifier.name}: {Classifier.scale}{why}")
+            print("features Inception's weights could not be downloaded; they belong at\n"
+                  f"         {data.DOWNLOADS / WEIGHTS}")
+    print(f"features {Classifier.name}: compares only with FIDs of this classifier, not with "
+          "Inception's")
     need(not is_array(name), f"{name} is of which data set? add --data SET")
     return classifier(data.choose(name, size)[0], size, device)
 
@@ -839,9 +817,9 @@ def main(argv=None):
         name, *_ = data.choose(cfg.data or "mnist,digits", size)
         sanity(network(cfg, name, size), name, cfg.n or 5000)
         return
-    record = Path(*words, "result.json")
-    if len(words) == 1 and record.is_file():
-        config = json.loads(record.read_text(encoding="utf-8")).get("config", {})
+    checkpoint = Path(*words, "last.pt")
+    if len(words) == 1 and checkpoint.is_file():
+        config = data.load_checkpoint(checkpoint).get("config", {})
         need("data" in config, f"{words[0]} has no samples: name a run of gan.py")
         words.insert(0, config["data"] + ":all")            # as gan.py where they are few
     need(len(words) == 2, "name two sources, REAL GENERATED, or one run with samples.npy, which "
