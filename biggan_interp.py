@@ -59,8 +59,7 @@ class Run:
 
 
 # Settings that may change when a run is resumed, because they do not change what is trained.
-FREE = {"model", "pairs", "truncation", "steps", "device", "amp", "log_every", "sample_every",
-        "out", "resume"}
+FREE = set("model pairs truncation steps device amp log_every sample_every out resume".split())
 
 
 @dataclass
@@ -614,7 +613,7 @@ def evaluate(cfg, G, names, scores, log, out):
     if scores:
         words = (f"{fid.line(scores)}; precision {scores['precision']:.2f}; as asked for: hair "
                  f"{scores['hair accuracy']:.1%}, eyes {scores['eyes accuracy']:.1%}; {words}")
-    data.finish(out, cfg, log, dict(G=G), scores | result, [
+    data.finish(out, cfg, log, scores | result, [
         ("losses", ["D", "G"]),
         ("D on real and fake, before and after its step",
          ["D(x)", "D(G(z)) before", "D(G(z)) after"]),

@@ -80,8 +80,7 @@ class CycleConfig:
 # Settings that may change when a run is resumed, because they do not change what is trained. (model
 # is among them only because the folder's name contains it anyway. The weights of one model do not
 # fit the other, and data.restore says so.)
-FREE = {"model", "steps", "device", "amp", "log_every", "sample_every", "out", "resume",
-        "translate", "direction"}
+FREE = set("model steps device amp log_every sample_every out resume translate direction".split())
 PAIRS = {"emojis": ("emoji-apple", "emoji-windows"), "faces": ("faces-a", "faces-b"),
          "distant": ("faces-a", "emoji-apple")}
 
@@ -673,7 +672,7 @@ def probe_accuracy(G, a, b):
     return (z[1::2] @ w > 0).float().mean().item()
 
 
-def evaluate(cfg, G, D, log, a, b, out):
+def evaluate(cfg, G, log, a, b, out):
     """Pictures, metrics and result.json of a run."""
     draw_sheet(G, a, b, out / "translations.png")
     metrics = scores(G, a, b, "ab") | scores(G, b, a, "ba")
@@ -681,7 +680,7 @@ def evaluate(cfg, G, D, log, a, b, out):
     if isinstance(G, UNIT):
         metrics["probe accuracy"] = probe_accuracy(G, a, b)
         headline += f"; probe accuracy {metrics['probe accuracy']:.1%}"
-    data.finish(out, cfg, log, dict(G=G, D=D), metrics, [
+    data.finish(out, cfg, log, metrics, [
         ("losses", ["D", "G"]),
         ("D on real and fake, before and after its step",
          ["D(x)", "D(G(x)) before", "D(G(x)) after"]),
@@ -727,7 +726,8 @@ def main(argv=None):
         translate_files(cfg, out, device)
         return
     a, b = load_pair(cfg, out, device)
-    evaluate(cfg, *train(cfg, a, b, out, device), a, b, out)
+    G, _, log = train(cfg, a, b, out, device)
+    evaluate(cfg, G, log, a, b, out)
 
 
 if __name__ == "__main__":

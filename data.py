@@ -626,12 +626,12 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
 
 def gif(path, frames):
     """PNG files or Pillow images -> one looping GIF of about 50 of them at most; each is shown for
-    150 milliseconds, the last ten times as long."""
+    0.1 seconds, the last ten times as long."""
     frames = frames[::1 + len(frames) // 50] + 9 * frames[-1:]
     pages = [(Image.open(frame) if isinstance(frame, Path) else frame).convert("RGB")
              for frame in frames]
     with atomic(path) as part:
-        pages[0].save(part, "GIF", save_all=True, append_images=pages[1:], loop=0, duration=150)
+        pages[0].save(part, "GIF", save_all=True, append_images=pages[1:], loop=0, duration=100)
 
 
 # ---- charts --------------------------------------------------------------------------------------
@@ -1038,7 +1038,7 @@ class Log:
               f"{speed * batch:6.0f} img/s  {left // 60}:{left % 60:02} left"[:100])
 
 
-def finish(out, cfg, log, nets, metrics, panels, headline):
+def finish(out, cfg, log, metrics, panels, headline):
     """The end of every run: curves.png, training.gif, result.json; the headline comes last.
 
     panels: [(title, [names of columns of the log])]; names that it lacks are left out."""
@@ -1059,7 +1059,6 @@ def finish(out, cfg, log, nets, metrics, panels, headline):
         command=f"python {' '.join(sys.argv)}", config=vars(cfg),
         versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__,
                       pillow=Image.__version__, gpu=gpu, threads=torch.get_num_threads()),
-        parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
         metrics=metrics, headline=headline)
     print(f"wrote    {out}:", *sorted(p.name for p in out.glob("[a-z]*")))
     print(headline)

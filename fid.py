@@ -309,10 +309,6 @@ class Classifier(nn.Module):
             sure = sure * chance
         return label, sure
 
-    def attributes(self, images):
-        """uint8 (N, C, H, W) -> labels (N,), one tensor per head: (hair, eyes)."""
-        label, _ = self.predict(images)
-        return torch.unravel_index(label, self.heads)
 
 
 def in_parts(net, images, n):
@@ -405,8 +401,8 @@ def classifier(name, size, device="cpu"):
         train_classifier(net, images, labels)
     if labels is not None:
         x, y, _ = data.load(name, size, "test")
-        right = torch.stack(net.attributes(x)) == torch.stack(torch.unravel_index(y, heads))
-        net.accuracy = right.double().mean(1).tolist()
+        both = torch.unravel_index(torch.stack([net.predict(x)[0], y]), heads)  # (2, N) per head
+        net.accuracy = [(seen == true).double().mean().item() for seen, true in both]
     data.save_state(path, net.state_dict() | dict(accuracy=net.accuracy))
     return net
 

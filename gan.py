@@ -154,8 +154,8 @@ PRESETS = {  # the settings that differ from the defaults above
     "ring": dict(data="ring", net="ring", channels=2, z=2, h=128, init="default", batch=256,
                  g_opt="adam", d_opt="adam", lr=1e-3, beta1=.5, beta2=.99, ema=.98,
                  penalty_every=1, steps=2000, sample_every=50),
-    "stacked": dict(SPEEDRUN, data="stacked,stacked-digits", channels=3, z=100, lr=1e-3, steps=15000,
-                    sample_every=1000, samples=26000),
+    "stacked": dict(SPEEDRUN, data="stacked,stacked-digits", channels=3, z=100, lr=1e-3,
+                    steps=15000, sample_every=1000, samples=26000),
 }
 # What one would do today, on the networks and data of any preset: the relativistic loss of Huang
 # 2024, with R1 and R2 penalties instead of batch norm in D. Small data sets are also augmented
@@ -1110,7 +1110,7 @@ PANELS = [
 ]
 
 
-def evaluate(cfg, G, D, log, images, labels, classes, out, device):
+def evaluate(cfg, G, log, images, labels, classes, out, device):
     """Pictures, metrics and result.json of a run whose samples are drawn by G. With --prompt or
     --draw it only draws."""
     n = 8 if cfg.prompt else cfg.draw or max(cfg.samples, cfg.dump)
@@ -1161,7 +1161,7 @@ def evaluate(cfg, G, D, log, images, labels, classes, out, device):
         test, _, _ = data.load(cfg.data, images.shape[-1], "test")
         result |= fid.neighbours(images, test, x, out / "neighbours.png")
         headline += fid.alarms(result)
-    data.finish(out, cfg, log, dict(G=G, D=D), result, PANELS, headline)
+    data.finish(out, cfg, log, result, PANELS, headline)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1224,11 +1224,11 @@ def main(argv=None):
     if labels is None:
         labels = torch.zeros(len(images)).long()
     images = images.to(device)
-    G, D, log = train(cfg, images, labels, out, device)
+    G, _, log = train(cfg, images, labels, out, device)
     if data.RANK > 0:
         return
     torch.manual_seed(cfg.seed)
-    evaluate(cfg, G, D, log, images, labels, classes, out, device)
+    evaluate(cfg, G, log, images, labels, classes, out, device)
 
 
 if __name__ == "__main__":
