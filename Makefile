@@ -58,7 +58,8 @@ $(runs)
 $(PYTHON) data.py compare out/$@/* --out out/$@-all
 endef
 
-ring: $(VENV)  ## 2 min: every loss on eight Gaussians: out/ring.png, and four of them move in out/ring-four.gif
+ring sweep-beta1: export OMP_NUM_THREADS = 1
+ring: $(VENV)  ## 4 min: every loss on eight Gaussians: out/ring.png, and four of them move in out/ring-four.gif
 	$(call runs,gan.py ring,loss=gan loss=saturating loss=lsgan loss=wgan loss=wgan-gp loss=gan+r1=1 loss=r3gan)
 	$(PYTHON) data.py tile $(addprefix out/ring/,loss=gan loss=saturating loss=lsgan loss=wgan loss=wgan-gp loss=gan+r1=1 loss=r3gan) --out out/ring
 	$(PYTHON) data.py tile $(addprefix out/ring/,loss=gan loss=wgan loss=wgan-gp loss=r3gan) --out out/ring-four

@@ -310,7 +310,6 @@ class Classifier(nn.Module):
         return label, sure
 
 
-
 def in_parts(net, images, n):
     """uint8 (N, C, H, W), grey or with as many channels as net -> parts of at most n pictures, with
     net's channels and on its device. UserError for other images."""

@@ -1018,7 +1018,7 @@ def found(x):
 
 
 @torch.no_grad()
-def ring_page(cfg, D, images, x, step, side=240):
+def ring_page(cfg, D, images, x, step, side=200):
     """A Pillow picture of the plane: D's output in seven bands from orange (fake) to blue (real),
     500 real points in grey, 500 of the points x (uint8, N 2 1 1) in red. The title counts the modes
     that all points x cover."""
@@ -1176,7 +1176,7 @@ def check(cfg, changes):
     _, reads, _ = LOSSES[cfg.loss]
     if "r1" in reads:
         reads = reads | {"penalty_every"}
-    for name in {"r1", "r2", "penalty_every", "d_steps", "gp", "penalty", "clip"} - reads:
+    for name in set("r1 r2 penalty_every d_steps gp penalty clip".split()) - reads:
         need(name not in changes, f"--{name.replace('_', '-')} has no effect on --loss {cfg.loss}")
     need(cfg.loss != "wgan" or cfg.clip, "--loss wgan needs a --clip above 0")
     need(cfg.cond != "ac" or "heads" in reads, f"--cond ac trains D to predict classes, but --loss "
