@@ -99,7 +99,7 @@ figures: $(VENV)  ## the pictures in figures/, once the runs that it names are t
 	$(PYTHON) -c "from PIL import Image as I; i = I.open('out/fading-curves.png'); i.crop((0, i.height - 1170, i.width, i.height - 710)).save('out/fading.png')"
 	$(PYTHON) -c "from PIL import Image as I; a, b = [I.open(f'out/text2img{m}/conditions.png') for m in ('', '-modern1')]; \
 	  page = I.new('RGB', (b.width, 298 + b.height)); page.paste(a); page.paste(b, (0, 298)); page.save('out/text2img.png')"
-	for f in dcgan/curves=curves.png sick=sick.png fading=fading.png tips-all=tips.jpg seeds-all=cyclegan.png units=unit.jpg biggan/tsne=tsne.png ring=ring.png \
+	for f in dcgan/curves=curves.png sick=sick.png fading=fading.png tips-all=tips.jpg seeds-all=cyclegan.jpg units=unit.jpg biggan/tsne=tsne.png ring=ring.png \
 	  biggan/interpolation=walks.png evolution=evolution.jpg colours=colours.jpg text2img=text2img.jpg; do \
 	  $(PYTHON) -c "from PIL import Image as I; I.open('out/$${f%=*}.png').save('figures/$${f#*=}', quality=90)"; done
 	cp out/ring-four.gif figures/ring.gif
