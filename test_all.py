@@ -1543,7 +1543,7 @@ def guide():
     """[(script, name, names it brings along)] of the snippets in the README's copying guide."""
     snippets = []
     table = README.split("## Copy from here")[1].split("\n## ")[0]
-    for file, names, along in re.findall(r"\| (\w+)\.py \| `([\w ]+)` \| (.*) \|", table):
+    for file, names, along in re.findall(r"\| (\w+)\.py \| `([\w ]+)` \| (.*)\|", table):
         for name in names.split():
             snippets.append((sys.modules[file], name, re.findall(r"\w+", along)))
     return snippets
@@ -1565,7 +1565,7 @@ def test_makefile_and_readme_agree():
     assert {*TARGETS} == {*re.findall(r"\bmake ([a-z][\w-]*)", README + RESULTS)}
     paths = re.findall(r"\((figures/\w+\.\w+)", README) + [
         f"figures/{name}" for name in re.findall(r"!\[.*\]\((.+)\)", RESULTS)]
-    assert len(paths) > 9 and all((ROOT / path).exists() for path in paths)
+    assert all((ROOT / path).exists() for path in paths)
     mistakes = [name for name in globals() if name.startswith("test_mistake_")]
     assert len(mistakes) == len(re.findall(r"^\d+\. \*\*", README, re.M)) == 10
     words = [word for word in README.split() if re.search(r"\w", word)]
