@@ -67,11 +67,11 @@ sweep-beta1: $(VENV)  ## 4 min: eight Gaussians with three hidden layers: what d
 	$(call sweep,gan.py ring --net ring3,$(foreach b,0 0.5 0.9,$(foreach l,gan lsgan r3gan,loss=$(l)+beta1=$(b))))
 sweep-stacked: $(VENV)  ## 60 min: modes of 1,000 in stacked digits, five recipes
 	$(call sweep,gan.py stacked,r1=0+bn=both+beta1=0.5+beta2=0.999+lr=2e-4+decay=0+ema=0 \
-	  r1=0+bn=both+beta1=0.5+beta2=0.999 loss=wgan-gp+lr=1e-3 r1=1 modern=1)
+	  r1=0+bn=both+beta1=0.5+beta2=0.999+lr=2e-3 loss=wgan-gp+lr=1e-3 r1=1 modern=1)
 sweep-latent: $(VENV)  ## 25 min: z and h in {16, 100}: four DCGANs at the course's learning rate
 	$(call sweep,gan.py dcgan --lr 2e-4 --decay 0 --ema 0,z=16+h=16 z=16+h=100 z=100+h=16 z=100+h=100)
 sweep-stability: $(VENV)  ## 65 min: what stops mode collapse? modes of 132 on drawn faces
-	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1 modern=1+augment=0)
+	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1+augment=1 modern=1+augment=0)
 sweep-modern: $(VENV)  ## 25 min: what of the modern bundle matters? one part taken out at a time
 	$(call sweep,gan.py emoji --data faces-a --modern 1 --steps 3000,modern=1 loss=gan r1=0 r2=0 bn=both ema=0 augment=1)
 tips: $(VENV)  ## 40 min: each training tip against its opposite, 64 x 64
