@@ -61,8 +61,8 @@ class CycleConfig:
     lambda_cycle: float = 0.015     # CycleGAN: weight of the cycle loss, a sum over all pixels
     identity: float = 0.            # CycleGAN: identity loss, times lambda_cycle (paper: .5)
     pool: int = 0                   # D also sees old translations out of so many (paper: 50)
-    lr: float = 3e-4                # Adam's learning rate
-    weight_decay: float = 0.        # Adam's weight decay
+    lr: float = 3e-4                # Adam's learning rate (UNIT: 1e-4)
+    weight_decay: float = 0.        # Adam's weight decay (UNIT: 1e-4)
     decay: int = 0                  # 1: learning rates fall linearly to 0 over the second half
     batch: int = 32                 # pictures of each style in a batch
     steps: int = 5000               # steps; 0: only evaluate the checkpoint

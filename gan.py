@@ -99,7 +99,7 @@ class GANConfig:
     bn: Literal["both", "G", "D", "none"] = "both"  # which networks keep their batch norm
     sn: Literal["none", "D", "both"] = "none"       # which networks get spectral norm
     raw: int = 0                    # 1: pixels in 0..255 and no tanh; combine it with --bn none
-    cond: Literal["none", "planes", "ac"] = "none"  # D sees c as channels; predicts c
+    cond: Literal["none", "planes", "ac"] = "none"  # planes: D sees c; ac: D predicts c
     # ---- the loss
     loss: Loss = "gan"              # which training step is used, see LOSSES
     d_steps: int = 1                # lsgan and wgans: updates of D for each update of G
