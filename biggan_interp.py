@@ -16,7 +16,7 @@ are similar. It places each embedding in the plane so that neighbours stay neigh
 where p_ij says how close i and j are as embeddings, and q_ij how close they are in the plane.
 
 The published weights (128 pixels, the 1,000 classes of ImageNet) are a file of about 210 MB. If it
-cannot be had, a small BigGAN made of the same layers is trained here on drawn faces of 32 pixels.
+is not available, a small BigGAN made of the same layers is trained on drawn 32 x 32 faces.
 Its 132 classes are 12 hair colours times 11 eye colours. Result of seed 0, 3,000 steps in 6 minutes
 (one thread of an AMD EPYC, Zen 5, beside another run, torch 2.13):
 
@@ -45,9 +45,9 @@ from data import EYES, FACES, HAIR, need, to_float, to_uint8
 @dataclass
 class Run:
     """All settings of a run. Every field is a flag, and its comment is the flag's help."""
-    model: Literal["", "published", "small"] = ""   # empty: small if begun, else published if found
+    model: Literal["", "published", "small"] = ""   # empty: resume a small run, else try published
     pairs: str = ""                 # your classes, as numbers or names: "282, 283; pug, goldfish"
-    truncation: float = .5          # factor of the noise; lower: cleaner and less varied pictures
+    truncation: float = .5          # factor of the noise; lower: higher quality, less variety
     steps: int = 3000               # training steps of the small model; 0: only evaluate it
     seed: int = 0                   # seed of weights, batches, noise and t-SNE
     device: str = "auto"            # auto, cuda, mps, cpu
@@ -90,7 +90,7 @@ CHANNELS = {32: [8, 8, 4, 2], 128: [16, 16, 8, 4, 2, 1]}
 
 class Spectral(nn.Module):
     """A linear layer, shape (out, in), or a convolution, shape (out, in, k, k), whose weight W is
-    divided by sigma(W), its largest singular value as a matrix of `out` rows.
+    divided by sigma(W), the largest singular value of W reshaped to a matrix with `out` rows.
 
     sigma = u^T W v for the singular vectors u and v of the largest value. While training, each
     forward pass improves them by one power iteration (Miyato 2018, algorithm 1); in eval mode they
@@ -200,7 +200,7 @@ class Block(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention (Zhang 2019, section 3): adds to each position a weighted sum of the features
-    g of all positions, which are max-pooled by 2."""
+    g of all positions. g is first reduced to half the side by max pooling."""
 
     def __init__(self, channels):
         super().__init__()
@@ -343,8 +343,8 @@ def average_state(G_ema, G, decay):
 
 @torch.no_grad()
 def sampler(G_ema):
-    """The network that draws samples: a copy of G_ema in eval mode, with batch norm statistics of
-    its own: each row of its tables holds those of one batch, a face of each class."""
+    """The network that draws samples: a copy of G_ema in eval mode whose batch norm statistics are
+    recomputed. Each row of its tables holds the statistics of one batch with one face per class."""
     G = copy.deepcopy(G_ema)
     y = torch.arange(G.config.num_classes, device=G.embeddings.weight.device)
     for _ in range(2):                                  # the first round lets u and v converge
@@ -470,11 +470,13 @@ def tsne(x, perplexity=30., seed=0):
     """Points (n, d) -> points of the plane (n, 2) float64 that keep their neighbours. The same seed
     gives the same result. Exact: n^2 work and memory per step.
 
-    Section 3.4: start from noise of deviation 0.01, then gradient descent with momentum 0.5, later
-    0.8, and a gain for each number (Jacobs 1988). At first P is multiplied by 12, so that clusters
-    form (van der Maaten 2014; by 4 in 2008). The learning rate is n / 12 for a gradient without the
-    factor 4 (Belkina 2019), so n / 48 here, and at least 50, as in scikit-learn. Measured: 50 to
-    500 give the same KL for 1,000 points, but for 132 points 200 is too much: 0.37, not 0.06."""
+    As in section 3.4, y starts as noise with standard deviation 0.01, followed by gradient descent
+    with momentum 0.5, later 0.8, and a separate gain (step size factor) for each coordinate (Jacobs
+    1988). At first P is multiplied by 12, so that clusters form (van der Maaten 2014; 4 in the
+    paper of 2008). Belkina 2019 uses the learning rate n / 12 with a gradient that lacks the factor
+    4. Our gradient has it, so the rate is n / 48, and at least 50, as in scikit-learn. In our
+    tests, rates from 50 to 500 gave the same KL for 1,000 points, but with 132 points a rate of 200
+    was too high: the KL was 0.37 instead of 0.06."""
     P = affinities(x, perplexity)
     generator = torch.Generator().manual_seed(seed)
     y = 1e-2 * torch.randn(len(x), 2, generator=generator, dtype=torch.float64).to(P.device)
@@ -484,7 +486,7 @@ def tsne(x, perplexity=30., seed=0):
     for step in range(1000):
         exaggeration, momentum = (12, .5) if step < 250 else (1, .8)
         gradient = kl_gradient(exaggeration * P, y)
-        # Smaller steps for those numbers whose last move went uphill.
+        # Smaller steps for coordinates whose gradient has the same sign as their velocity.
         gain = torch.where(gradient * velocity > 0, gain * .8, gain + .2).clamp(min=.01)
         velocity = momentum * velocity - rate * gain * gradient
         y += velocity
@@ -537,7 +539,7 @@ def between_classes(r1, r2, alphas):
 
 
 def apart(pairs):
-    """The first four of the pairs that have no member in common."""
+    """Up to four pairs, taken in order; a pair is skipped if it shares a member with one taken."""
     chosen = []
     for pair in pairs:
         if len(chosen) < 4 and not {*pair} & {*sum(chosen, [])}:
@@ -546,8 +548,8 @@ def apart(pairs):
 
 
 def extreme_pairs(r):
-    """The four nearest and the four farthest pairs [i, j], i < j, of embeddings (n, d). No two of
-    them share a class: else all far pairs would begin at the same outlier."""
+    """The four nearest and the four farthest pairs [i, j], i < j, of embeddings (n, d). Within a
+    group no two pairs share a class; otherwise all far pairs would contain the same outlier."""
     pairs = torch.combinations(torch.arange(len(r)))                    # (n (n - 1) / 2, 2)
     pairs = pairs[F.pdist(r).argsort()].tolist()
     return {"near": apart(pairs), "far": apart(pairs[::-1])}
@@ -638,9 +640,9 @@ def main(argv=None):
             G = data.place(load_published(file), device)
             return evaluate(cfg, G, imagenet_names(), {}, data.Log(out, 0), out)
         except data.Unavailable as e:
-            need(not cfg.model, f"{e}; or --model small, which is trained here")
+            need(not cfg.model, f"{e}; or use --model small, which needs no download")
             print(f"model    small, trained here: {e}")
-    parse_pairs(cfg.pairs, FACES)                       # an error in them comes before the training
+    parse_pairs(cfg.pairs, FACES)                       # report errors in --pairs before training
     _, images, labels, _ = data.choose("faces-a", SMALL.size)
     G, log = train(cfg, images.to(device), labels.to(device), out, device)
     evaluate(cfg, G, FACES, small_scores(G, images, device), log, out)

@@ -22,9 +22,10 @@ UNIT (Liu 2017) has one latent space for both styles. It is made of two variatio
 Dec_b(E_a(a)) translates a. The docstring of step_unit says what differs from the paper.
 
 On the drawn faces the score is the L1 distance to the true answer. Emojis have no true answer, so
-their score is the FID to the other style. A score only means something beside what simple methods
-reach: returning the input, always returning the best constant picture, and changing nothing but the
-colours. The last line of a run names the best of these, and result.json has all. Results of seed
+their score is the FID to the other style. A score is only meaningful in
+comparison with simple baselines: returning the input, always returning the best constant picture,
+and matching only the colours. The last line of a run names the best baseline, and result.json
+contains all of them. Results of seed
 11, A to B and B to A (one thread of an Intel Xeon, torch 2.13; 5,000 steps take about 10 minutes):
 
     python cyclegan.py --steps 2600               FID 8.7 and 5.3; colours matched 48 and 43
@@ -59,8 +60,8 @@ class CycleConfig:
     width: int = 64                 # width of the paper's networks (size > 32); 32 for a laptop
     lambda_gan: float = 1.          # weight of the GAN loss in G's loss (UNIT: 10)
     lambda_cycle: float = 0.015     # CycleGAN: weight of the cycle loss, a sum over all pixels
-    identity: float = 0.            # CycleGAN: identity loss, times lambda_cycle (paper: .5)
-    pool: int = 0                   # D also sees old translations out of so many (paper: 50)
+    identity: float = 0.            # CycleGAN: identity loss weight / lambda_cycle (paper: .5)
+    pool: int = 0                   # size of the pool of earlier translations for D (paper: 50)
     lr: float = 3e-4                # Adam's learning rate (UNIT: 1e-4)
     weight_decay: float = 0.        # Adam's weight decay (UNIT: 1e-4)
     decay: int = 0                  # 1: learning rates fall linearly to 0 over the second half
@@ -240,8 +241,8 @@ class CycleGAN(nn.ModuleDict):
 
 
 # ---- UNIT: two encoders, two decoders, one latent space ------------------------------------------
-# A small version for 32 x 32. Instance norm stands only inside the residual blocks, beside their
-# skip connections: elsewhere it would remove each channel's mean, and with it the colours.
+# A small version for 32 x 32. Instance norm is used only inside the residual blocks, whose skip
+# connections bypass it. Elsewhere it would remove each channel's mean, and with it the colours.
 
 def unit_encoder():
     """(N, 3, S, S) -> (N, 64, S/4, S/4): encoder layers of one style."""
@@ -328,11 +329,12 @@ def latent_kl(mu):
 
 
 class ImagePool:
-    """Earlier translations, so that D does not only see G's latest (Zhu 2017, section 4).
+    """Stores earlier translations, so that D sees not only G's latest ones (Zhu 2017, section 4).
 
-    pool(x_fake (N, C, H, W)) -> as many pictures, detached. While the pool is not full it stores
-    and returns the new pictures. After that each new picture is, with probability 1/2, exchanged
-    for an old one. size: how many it stores; 0 returns the new pictures."""
+    pool(x_fake) takes pictures (N, C, H, W) and returns as many, detached. Until the pool is full,
+    it stores and returns the new pictures. After that, with probability 1/2, a new picture replaces
+    an old one, which is returned instead. size: how many pictures the pool stores; with 0 it always
+    returns the new ones."""
 
     def __init__(self, size):
         self.size = size
@@ -393,7 +395,8 @@ def step_cyclegan(G_ab, G_ba, D_a, D_b, opt_G, opt_D, a, b, gan=1., cycle=.015, 
                      + identity cycle (E |G_ba(a) - a|_1 + E |G_ab(b) - b|_1)
 
     Each |.|_1 is a sum over a picture. The identity loss is that of section 5.2. pool_a, pool_b:
-    from the new fakes to those that D_a, D_b see, an ImagePool for example."""
+    functions, for example an ImagePool, that take the new fakes and return those that D_a and D_b
+    see."""
     fake_b = G_ab(a)
     fake_a = G_ba(b)
     back = cycle_loss(a, G_ba(fake_b)) + cycle_loss(b, G_ab(fake_a))
@@ -476,8 +479,8 @@ def step_unit(G, D_a, D_b, opt_G, opt_D, a, b, gan=10., recon=100., kl=.1,
 # ---- data: two styles, no pairs ------------------------------------------------------------------
 
 class Style(NamedTuple):
-    """A data set of one style: pictures uint8 (n, 3, S, S), of which `train` lies on the device,
-    and labels (n,) of the test pictures, or None."""
+    """The data of one style: uint8 pictures (n, 3, S, S), `train` on the device and `test` on the
+    CPU, and labels (n,) of the test pictures, or None."""
     name: str
     train: torch.Tensor
     test: torch.Tensor
@@ -493,8 +496,8 @@ def load_style(names, size, device):
 
 
 def load_pair(cfg, out, device):
-    """[style A, style B] of a config, the first pair of cfg.data that can be had. cfg.data becomes
-    its name."""
+    """Load the first available pair of styles in cfg.data -> [style A, style B]. cfg.data is set to
+    the name of this pair."""
     pairs = PAIRS | {"own": (cfg.a, cfg.b)}
     names = "own" if cfg.a else data.kept(cfg, out)
     for name in names.split(","):
@@ -521,10 +524,11 @@ def draw_batch(images, n):
 
 @torch.no_grad()
 def refresh(G, a, b):
-    """Recompute the batch norm statistics for eval mode from 1,000 real pictures that each way
-    translates. Those kept while training come from translations as well, and with the identity
-    loss also from the other style. On drawn faces with identity loss, 3,000 steps, L1 falls from
-    .086 and .061 to .078 and .047, and FID from 10.8 and 31.5 to 10.1 and 17.8."""
+    """Recompute the batch norm statistics that eval mode uses, for each direction from 1,000 real
+    pictures of its input style. The running statistics collected in training also contain
+    translations and, with the identity loss, pictures of the other style. On drawn faces (identity
+    loss, 3,000 steps) this lowers L1 from .086 and .061 to .078 and .047, and the FID from 10.8 and
+    31.5 to 10.1 and 17.8."""
     layers = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in layers:
         m.reset_running_stats()
@@ -588,7 +592,7 @@ def train(cfg, a, b, out, device):
             last = train_step(
                 *D.values(), opt_G, opt_D,
                 draw_batch(a.train, cfg.batch),             # (N, 3, S, S)
-                draw_batch(b.train, cfg.batch),             # drawn apart: no pair
+                draw_batch(b.train, cfg.batch),             # independent: no pairs
                 gan=cfg.lambda_gan, **pools)
         if step % cfg.log_every == 0 or step in (1, cfg.steps):     # the only regular GPU sync
             for name in "D(x)", "D(G(x)) before", "D(G(x)) after":
@@ -650,7 +654,7 @@ def scores(G, x, y, way):
 
 
 def verdict(metrics, way):
-    """The score beside that of the best simple method: "ab L1 0.103, better than ab L1 constant
+    """Compare the score with the best baseline, in words: "ab L1 0.103, better than ab L1 constant
     0.143"."""
     for score in f"{way} L1", f"{way} FID":
         if score in metrics:
@@ -662,9 +666,10 @@ def verdict(metrics, way):
 
 @torch.no_grad()
 def probe_accuracy(G, a, b):
-    """How well a linear classifier tells UNIT's latents of style a from those of style b: 1/2 if
-    they have the same distribution, 1 if they can be separated. Its weights w are fitted to every
-    second picture, by least squares for w mu_a = 1 and w mu_b = -1. The others count."""
+    """The accuracy of a linear classifier that tells UNIT's latents of style a from those of b:
+    1/2 if they have the same distribution, 1 if they can be separated. Its weights w are fitted to
+    every second picture, by least squares for w mu_a = 1 and w mu_b = -1. The accuracy is measured
+    on the other pictures."""
     n = min(len(a.train), len(b.train), 1000)
     z = torch.cat([G.encode(to_float(a.train[:n]), "a"),        # (2 n, d); w z should be 1 for all
                    -G.encode(to_float(b.train[:n]), "b")]).flatten(1).cpu()

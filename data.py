@@ -1,20 +1,25 @@
-"""data.py: data sets, pictures, charts and run folders, all that the scripts share.
+"""data.py: data sets, pictures, charts and run folders: the code that all other scripts share.
 
-    python data.py compare out/a out/b --out out/ab      several runs: samples, curves, a table
+    python data.py compare out/a out/b --out out/ab     samples, curves and a table of several runs
+    python data.py tile out/a out/b --out out/ab        their sample pictures in one PNG and one GIF
 
-A data set is one uint8 tensor (N, C, S, S). It is decoded once, lies on the device as a whole
-(MNIST takes 60 MB), and a batch is an index into it, so no DataLoader is needed. Everything that is
-downloaded, decoded or drawn is kept in downloads/; the environment variable DOWNLOADS names another
-folder. DATA_DIR names a folder that is searched first and never written to.
+In the docstrings, "x -> y" means that a function takes x and returns y.
 
-mnist, fashion, emoji-apple and emoji-windows are downloaded; anime has to be put there by hand. Any
-folder of pictures is a data set, too. These are drawn here from a seed and need no internet
-connection: digits; faces-a and faces-b, the same faces in two styles, so that the true translation
-and every attribute are known; ring, points of eight Gaussians. stacked and stacked-digits are
-made of three digits each.
+A data set is one uint8 tensor of shape (N, C, S, S): N pictures of S x S pixels with C channels. As
+a whole it fits on the device (MNIST takes 60 MB), and a batch is selected by indexing, so no
+DataLoader is needed. Downloaded files, decoded emojis, anime faces and folders, and drawn digits
+and faces are kept in downloads/. The environment variable DOWNLOADS names another folder instead.
+DATA_DIR names a folder that is searched first and never written to.
 
-In this order: errors and files, reading, data sets, drawn data sets, load, pictures, charts,
-several processes, runs, compare.
+mnist, fashion, emoji-apple and emoji-windows are downloaded; anime must be put into downloads/
+by hand. Any folder of pictures can be used as a data set, too. Three kinds of sets are drawn by
+this file from a seed and need no internet connection: digits; faces-a and faces-b, which show the
+same faces in two styles, so that the correct translation and every attribute are known; and ring,
+points from eight Gaussians. Each picture of stacked (from mnist) and stacked-digits (from digits)
+combines three digits.
+
+The sections of this file: errors and files, reading pictures, data sets, drawn data sets, load,
+writing pictures, charts, several processes, runs, compare.
 """
 import argparse
 import ctypes
@@ -44,22 +49,22 @@ from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 DOWNLOADS = Path(os.environ.get("DOWNLOADS", "downloads"))
-# The number of this process and how many there are. Clusters and notebooks also set RANK, so we
-# use both only if torchrun started us.
+# The rank of this process and the number of processes. Clusters and notebooks may set RANK, too, so
+# the environment variables are only read if torchrun has started this process.
 RANK, WORLD = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-# A small file can unpack to one that fills the memory. No more than this is unpacked of it.
+# A small compressed file can unpack to more than the memory holds, so we unpack at most this much.
 MAX_BYTES = 1 << 26
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_BYTES       # image generators put megabytes of text into a PNG
-warnings.filterwarnings("ignore", module="PIL")     # of damaged EXIF; the picture itself is sound
+warnings.filterwarnings("ignore", module="PIL")     # all of Pillow's, such as on damaged EXIF
 
 
 # ---- errors and files ----------------------------------------------------------------------------
 
 class UserError(Exception):
-    """Something that the user can put right. The message is one line and says how; run_main prints
-    it and ends the script with exit code 2."""
+    """An error that the user can correct. The message says how. run_main prints it as one line and
+    ends the script with exit code 2."""
 
 
 class Unavailable(UserError):
@@ -73,7 +78,7 @@ def need(ok, why):
 
 
 def at_least(low, cfg, *fields):
-    """UserError unless each of these fields of a config is at least `low` (nan is not)."""
+    """Raise UserError unless each of these config fields is at least `low`. NaN counts as less."""
     for name in fields:
         need(getattr(cfg, name) >= low,
              f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least {low}")
@@ -81,9 +86,10 @@ def at_least(low, cfg, *fields):
 
 @contextmanager
 def atomic(path):
-    """Yields a path beside `path` to write to; it is renamed to `path` only when the block ends
-    without an error, so no half-written file ever has the final name. The number of the process is
-    in its name, so two runs never write to the same one. Under torchrun only rank 0's is kept."""
+    """Yield the path of a temporary file in the folder of `path`. The file is renamed to `path` if
+    the block ends without an error, so an incomplete file never has the final name. The temporary
+    name contains the process ID, so two runs never write to the same file. Under torchrun only the
+    file of rank 0 is kept."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -102,8 +108,8 @@ def write_text(path, text):
 
 
 def save_state(path, state):
-    """torch.save, atomically. It goes to memory first, because torch hides the error of a full
-    disk."""
+    """Save like torch.save, but atomically. The bytes are collected in memory first, because
+    torch.save hides the error if the disk is full."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with atomic(path) as part:
@@ -111,13 +117,13 @@ def save_state(path, state):
 
 
 def save_array(path, x):
-    """A CPU tensor -> an .npy file, atomically."""
+    """Save a CPU tensor as an .npy file, atomically."""
     with atomic(path) as part, open(part, "wb") as f:
         np.save(f, x.numpy())
 
 
 def find(name):
-    """Where `name` lies, in $DATA_DIR or else in downloads/; None if it is in neither."""
+    """The path of `name` in $DATA_DIR or else in downloads/; None if neither folder has it."""
     for root in Path(os.environ.get("DATA_DIR") or DOWNLOADS), DOWNLOADS:
         if (root / name).exists():
             return root / name
@@ -125,65 +131,66 @@ def find(name):
 
 
 def content(path):
-    """The bytes of a file, unpacked if it is a sound gzip file."""
+    """The bytes of a file; if it is an intact gzip file, its unpacked content up to MAX_BYTES."""
     with suppress(Exception), gzip.open(path) as f:
         return f.read(MAX_BYTES)
     return Path(path).read_bytes()
 
 
 def sha256_of(path):
-    """sha256 of the content of a file as a hexadecimal string. For a gzip file it is that of the
-    unpacked content, which stays the same when somebody packs it again."""
+    """The SHA-256 hash of a file's content, in hexadecimal. Of a gzip file the unpacked content is
+    hashed, so the hash does not depend on how the file was compressed."""
     return hashlib.sha256(content(path)).hexdigest()
 
 
 def fetch(name, urls, sha256=None, also=()):
-    """Path of `name`: found on disk under this name or one of `also`, or downloaded from the first
-    of the URLs that works.
+    """The path of a file, which is searched on disk under `name` and the names in `also`, and else
+    downloaded from the first URL that works.
 
-    Errors: Unavailable, with what each mirror said; UserError if the file on disk has another
+    Raises Unavailable, with the error of each URL, or UserError if the file on disk has another
     hash."""
     for found in filter(None, map(find, (name, *also))):
         need(not sha256 or sha256_of(found) == sha256,
-             f"{found} is cut off or another file than expected, which is {' or '.join(urls)} "
-             f"(sha256 of its unpacked content: {sha256}); move it to another place")
+             f"{found} is incomplete or not the expected file, {' or '.join(urls)} (sha256 of the "
+             f"unpacked content: {sha256}); move {found} to another folder")
         return found
     path = DOWNLOADS / name
-    why = f"{name} is not on disk and no mirror has it"
+    why = f"{name} was not found on disk and could not be downloaded"
     for url in urls:
         try:
             with urllib.request.urlopen(url, timeout=10) as answer, atomic(path) as part:
                 print(f"downloading {url} ({answer.headers['Content-Length']} bytes) ...")
                 raw = answer.read()                 # an error if the connection ends early
-                need(not raw.lstrip().startswith(b"<"), "a web page came instead of the file")
+                need(not raw.lstrip().startswith(b"<"), "got a web page instead of the file")
                 part.write_bytes(raw)
                 need(not sha256 or sha256_of(part) == sha256,
                      f"wrong file: its sha256 is not {sha256}")
             return path
         except Exception as e:                      # a connection can fail in many ways
             why += f"; {url}: {e}"
-    raise Unavailable(f"{why}; put it at {path}")
+    raise Unavailable(f"{why}; get the file yourself and save it at {path}")
 
 
 # ---- reading pictures, folders and archives ------------------------------------------------------
 
-# Formats that Pillow reads and that hold pictures; its own list has videos and documents as well.
+# Picture formats that Pillow reads. Pillow's own list also contains videos and documents.
 KINDS = (".png .jpg .jpeg .jfif .bmp .dib .webp .gif .ppm .pgm .pbm .pnm .tif .tiff .tga .ico .pcx "
          ".avif .jp2").split()
 
 
 def read_picture(source, channels=3):
-    """A picture, a path or (name, bytes) -> uint8 (channels, H, W).
+    """Read one picture, given as a path or as (name, bytes) -> uint8 (channels, H, W).
 
-    What is transparent becomes white: convert("RGB") alone would show the colour that is stored
-    under it, dark green in the emojis. A picture that a phone stored on its side is turned."""
+    Transparent areas become white: convert("RGB") alone would show the colour that is stored under
+    them, which is dark green in the emojis. If EXIF data says that a photograph lies on its side,
+    it is turned upright."""
     name = file = source
     if isinstance(source, tuple):
         name, raw = source
         file = io.BytesIO(raw)
     try:
         with Image.open(file) as im:
-            need(not im.mode.startswith("I"), "over 8 bits per channel: convert it to 8")
+            need(not im.mode.startswith("I"), "more than 8 bits per channel: convert it to 8")
             im.load()
             with suppress(Exception):    # damaged EXIF says nothing about the pixels
                 im = ImageOps.exif_transpose(im)
@@ -192,20 +199,20 @@ def read_picture(source, channels=3):
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
             im = im.convert("L" if channels == 1 else "RGB")
     except Exception as e:                          # a damaged picture raises nearly anything
-        # at the end of some texts stands an object in memory, "<_io.BytesIO object at ...>"
-        raise UserError(f"{name} is no readable picture ({str(e).split(' <')[0]})") from e
+        # Some messages end with "<_io.BytesIO object at ...>", which is cut off.
+        raise UserError(f"{name} is not a readable picture ({str(e).split(' <')[0]})") from e
     return torch.from_numpy(np.atleast_3d(np.array(im))).permute(2, 0, 1)
 
 
 def hidden(path):
-    """Whether a part of a path has a name that systems use for themselves, such as .DS_Store, the
-    ._x.jpg and __MACOSX in archives made on a Mac, .ipynb_checkpoints, @eaDir."""
+    """Whether any part of a path is a hidden or system file or folder, such as .DS_Store, ._x.jpg
+    or __MACOSX in archives made on a Mac, .ipynb_checkpoints, and @eaDir."""
     return any(part[0] in ".@" or part == "__MACOSX" for part in Path(path).parts)
 
 
 def files_in(folder, seen):
-    """Yields all files under a folder in order, except hidden ones; follows links to folders.
-    seen: the set of folders visited so far, so that a link that leads back is not followed."""
+    """Yield all files under a folder, sorted, except hidden ones. Links to folders are followed.
+    seen: the folders visited so far, so that a link to one of them is not followed again."""
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
@@ -214,22 +221,22 @@ def files_in(folder, seen):
             continue
         if path.is_dir():
             yield from files_in(path, seen)
-        elif path.is_file():                            # no pipe, no link to nothing
+        elif path.is_file():                            # not a pipe or a broken link
             yield path
 
 
 def pictures(folder):
     """All picture files under a folder, sorted; UserError when there is none."""
     folder = Path(folder)
-    need(folder.is_dir(), f"no data set, folder or picture {folder}; sets: {', '.join(SETS)}")
+    need(folder.is_dir(), f"no data set, folder or picture {folder}; data sets: {', '.join(SETS)}")
     found = [path for path in files_in(folder, set()) if path.suffix.lower() in KINDS]
     need(found, f"{folder} holds no picture ({' '.join(KINDS)})")
     return found
 
 
 def fit(x, size):
-    """uint8 (C, H, W) or (N, C, H, W) -> the same, cropped to the square in the middle and resized
-    to `size` pixels a side, antialiased."""
+    """uint8 (C, H, W) or (N, C, H, W) -> the same, cropped to the central square and resized to
+    size x size pixels, with antialiasing."""
     h, w = x.shape[-2:]
     s = min(h, w)
     x = x[..., (h - s) // 2:, (w - s) // 2:][..., :s, :s]
@@ -239,10 +246,10 @@ def fit(x, size):
 
 
 def read_all(sources, size, channels=3):
-    """Pictures, as read_picture takes them -> uint8 (N, channels, size, size).
+    """Read pictures, each given as for read_picture -> uint8 (N, channels, size, size).
 
-    Each picture is reduced to its final size before the next one is read, so large photographs
-    need little memory. UserError says how many pictures cannot be read, and which."""
+    Each picture is resized before the next one is read, so large photographs need little memory.
+    The UserError says how many pictures cannot be read, and names the first 20 of them."""
     rows = []
     bad = []
     for source in sources:
@@ -250,22 +257,22 @@ def read_all(sources, size, channels=3):
             rows.append(fit(read_picture(source, channels), size))
         except UserError as e:
             bad.append(str(e))
-    need(not bad, f"{len(bad)} of {len(sources)} pictures cannot be read, move them away: "
+    need(not bad, f"{len(bad)} of {len(sources)} pictures cannot be read; move them away: "
          f"{'; '.join(bad[:20])}")
     return torch.stack(rows)
 
 
 def members(name, urls=()):
-    """(name, bytes) of each file in the folder name/, or in name.tar.gz, which is downloaded where
-    there is a URL. Nothing is unpacked on disk, so a name in an archive cannot lead to another
-    folder; links are passed over."""
+    """Yield (name, bytes) of each file in the folder `name`, or else in the archive name.tar.gz,
+    which is downloaded if URLs are given. The archive is not unpacked on disk, so a file name in it
+    cannot write outside the folder. Links in the archive are skipped."""
     folder = find(name)
     if folder:
         for path in files_in(folder, set()):
             yield path.as_posix(), path.read_bytes()
         return
     need(not find(f"{name}.zip"),
-         f"{name}.zip is not read: unpack it into a folder {name} beside it")
+         f"{name}.zip is not supported: unpack it into a folder {name} in the same place")
     path = fetch(f"{name}.tar.gz", urls)
     try:
         with tarfile.open(path) as tar:
@@ -273,13 +280,14 @@ def members(name, urls=()):
                 if not hidden(m.name):
                     yield m.name, tar.extractfile(m).read(MAX_BYTES)
     except Exception as e:                          # a damaged archive raises nearly anything
-        raise UserError(f"{path} is no whole .tar.gz ({e}); move it to another place") from e
+        raise UserError(f"{path} is not a complete .tar.gz ({e}); move it away") from e
 
 
 def cached(key, build):
-    """(images, labels or None) of build(), built once and kept in downloads/cache/<key>.pt."""
+    """What build() returns, (images, labels or None), from downloads/cache/<key>.pt if it is there.
+    Otherwise build() is called and its result is saved there."""
     path = DOWNLOADS / "cache" / f"{key}.pt"
-    with suppress(Exception):            # there is none, or a damaged one: build it
+    with suppress(Exception):            # a missing or damaged file: build it
         return torch.load(path, weights_only=True)
     tensors = build()
     save_state(path, tensors)
@@ -311,10 +319,11 @@ FACES = [f"{hair} hair {eyes} eyes" for hair in HAIR for eyes in EYES]  # 11 * h
 
 
 def idx_set(folder, other, urls, size, split):
-    """MNIST or Fashion-MNIST from folder/, packed or unpacked, or from torchvision's other/raw/.
+    """Load MNIST or Fashion-MNIST from `folder`, as .gz files or unpacked, or from the folder
+    `other`/raw in which torchvision stores it.
 
-    The files are a header of fixed length, known through the hash, and the bytes. From 28 to 32
-    pixels a black edge is added, so that every pixel stays as it was."""
+    Each file has a header of fixed length (the hash guarantees this), then the data. For size 32 a
+    black border is added to the 28 x 28 pixels, so that no pixel changes."""
     def read(name):
         name = f"{'train' if split == 'train' else 't10k'}-{name}"
         file = f"{name}-ubyte"
@@ -327,19 +336,20 @@ def idx_set(folder, other, urls, size, split):
 
 
 def emoji_set(style, size, split):
-    """Apple or Windows emojis on white, (N, 3, size, size)."""
+    """Apple or Windows emojis on white -> uint8 (N, 3, size, size), and None for the labels."""
     folder = f"/{'Test_' if split == 'test' else ''}{style}/.*png$"
 
     def build():
         files = [m for m in members("emojis", EMOJI_URLS) if re.search(folder, m[0])]
-        need(files, f"emojis.tar.gz has no file {folder}; move it to another place")
+        need(files, f"emojis.tar.gz has no pictures of {style}; move it to another place")
         return read_all(sorted(files), size), None
     return cached(f"emoji-{style}-{size}-{split}", build)
 
 
 def anime_set(size, split):
-    """Anime faces with a tag for hair and eyes (course data, put there by hand). Pictures without
-    such a tag are left out, and every tenth of the others is the test split."""
+    """Anime faces that are tagged with hair and eye colours (course data, put into downloads/ by
+    hand). Pictures without such a tag are left out. Of the rest, every tenth one belongs to the
+    test split."""
     def build():
         files = {Path(name).stem: (name, raw) for name, raw in members("anime")}
         _, raw = files.get("tags", ("", b""))
@@ -347,8 +357,9 @@ def anime_set(size, split):
         line = r'^"?(\d+)"?[,;] *"?(\w+ hair \w+ eyes)"?\s*$'
         tags = dict(re.findall(line, text, re.M))
         names = [name for name in files if tags.get(name) in FACES]
-        need(names, f"anime has {len(files)} files and no picture with a tag: a line of tags.csv is"
-             " N,<hair> hair <eye> eyes for images/N.jpg; or unpack it and use --data FOLDER")
+        need(names, f"none of the {len(files)} files of anime is a tagged picture: tags.csv needs "
+             "a line N,<hair> hair <eye> eyes for each images/N.jpg; or unpack the archive and use "
+             "--data FOLDER")
         names = held_out(sorted(names, key=int), split)
         labels = torch.tensor([FACES.index(tags[name]) for name in names])
         return read_all([files[name] for name in names], size), labels
@@ -356,16 +367,16 @@ def anime_set(size, split):
 
 
 def held_out(items, split):
-    """Every tenth item for the split "test", the other items for "train"."""
+    """Every tenth item if split is "test", all other items if it is "train"."""
     return [item for i, item in enumerate(items) if (i % 10 == 9) == (split == "test")]
 
 
 def folder_set(folder, size, split):
     """A folder of pictures: (images, labels or None, classes). Its sub-folders are the classes
-    where there are at least two and no picture lies beside them. Fewer than 20 pictures are not
-    split: all of them are in the training and in the test split."""
+    if there are at least two of them and the folder itself contains no pictures. A folder of fewer
+    than 20 pictures is not split: the training and the test split both contain all of them."""
     files = pictures(folder)
-    kinds = {p: p.relative_to(folder).parts[0] for p in files}      # its sub-folder, or itself
+    kinds = {p: p.relative_to(folder).parts[0] for p in files}      # sub-folder or file name
     classes = sorted(set(kinds.values()))
     if len(classes) < 2 or any(p.name in classes for p in files):
         classes = []
@@ -383,10 +394,10 @@ def folder_set(folder, size, split):
 # ---- data sets that are drawn here ---------------------------------------------------------------
 
 def draw_digits(n, seed, size):
-    """n digits, white on black: uint8 (n, 1, size, size), and labels int64 (n,).
+    """Draw n digits, white on black -> arrays uint8 (n, 1, size, size), and labels int64 (n,).
 
-    Each is a digit of Pillow's font with a random stroke width, distorted by moving the four
-    corners of the picture at random."""
+    Each digit is written in Pillow's font with a random stroke width. Then the four corners of the
+    picture are moved at random, which distorts the digit."""
     r = RandomState(seed)
     labels = r.randint(0, 10, n, np.int64)
     x = []
@@ -394,7 +405,7 @@ def draw_digits(n, seed, size):
         im = Image.new("L", (96, 96))
         ImageDraw.Draw(im).text((48, 48), str(y), 255, font(72), "mm",
                                 stroke_width=r.randint(1, 6))
-        corners = [0, 0, 0, 96, 96, 96, 96, 0] + r.normal(0, 8, 8)      # x and y of each
+        corners = [0, 0, 0, 96, 96, 96, 96, 0] + r.normal(0, 8, 8)      # x, y of each one
         im = im.transform((96, 96), Image.QUAD, corners, Image.BILINEAR)
         x.append(np.array(im.resize((size, size), Image.BOX)))
     return np.stack(x)[:, None], labels
@@ -407,11 +418,11 @@ RGB = dict(re.findall(r"(\w+)=(\S+)", """
 
 
 def face_ellipses(hair, eye, p):
-    """One face as ellipses (x, y, half width, half height, colour) on 128 x 128 pixels, in the
-    order of drawing.
+    """A face as a list of ellipses (x, y, half width, half height, colour) in the order in which
+    they are drawn on 128 x 128 pixels.
 
-    hair, eye: colours; p: 7 numbers in [-1, 1]: position x and y, width of the face, length of the
-    hair, width and height of the mouth, direction of the eyes."""
+    hair, eye: colours; p: 7 numbers in [-1, 1], which set the position x and y, the width of the
+    face, the length of the hair, the width and height of the mouth, and the direction of gaze."""
     x, y, w, long, rx, ry, look = [64, 66, 34, 34, 7, 3, 0] + [6, 5, 3, 18, 4, 2, 3] * p
     ellipses = [(x, y - 12, w + 12, 42, hair), (x - w, y + 14, 14, long, hair),
                 (x + w, y + 14, 14, long, hair), (x, y + 64, 22, 34, "#fddec4"),
@@ -423,12 +434,12 @@ def face_ellipses(hair, eye, p):
 
 
 def draw_faces(style, n, first, size):
-    """The faces with the numbers first .. first + n - 1, uint8 (n, 3, size, size), and their labels
+    """Draw the faces number first to first + n - 1 -> uint8 (n, 3, size, size), and their labels
     11 * hair + eyes.
 
-    Style "a": lit from the upper left, without outlines, on blue grey. Style "b": plain colours,
-    black outlines, on cream. Face i is the same in both styles: b[i] is the true translation of
-    a[i]."""
+    Style "a" is lit from the upper left, without outlines, on blue grey. Style "b" has plain
+    colours and black outlines on cream. Face i is the same person in both styles, so b[i] is the
+    correct translation of a[i]."""
     soft = style == "a"
     v, u = np.mgrid[0:size, 0:size] / (size - 1)
     light = 1.12 - .42 * np.hypot(u - .25, v - .2)                      # (S, S)
@@ -451,9 +462,9 @@ def draw_faces(style, n, first, size):
 
 
 def drawn_set(name, size, split):
-    """digits, faces-a or faces-b. The training faces of the two styles differ, as in unpaired
-    translation; the test faces are the same in both, so a translation can be compared with the
-    truth."""
+    """Load the drawn set digits, faces-a or faces-b. The two styles have different training faces,
+    as unpaired translation requires, but the same test faces, so that a translation can be compared
+    with the correct answer."""
     def build():
         print(f"drawing  {name} ({split}) ...")
         if name == "digits":
@@ -472,27 +483,29 @@ RING = torch.view_as_real(torch.polar(torch.full((8,), .75), torch.arange(8) * m
 
 
 def draw_ring(n, seed):
-    """n points of eight Gaussians around the centres RING with standard deviation 0.02, as pictures
-    with two channels and one pixel, so that all code for pictures works on them: uint8
-    (n, 2, 1, 1). A step of uint8 is 0.4 standard deviations, which is fine enough."""
+    """Draw n points from a mixture of eight Gaussians with the centres RING and the standard
+    deviation 0.02. Each point is stored as a picture of one pixel with two channels, uint8
+    (n, 2, 1, 1), so that all code for pictures works on it. Rounding to uint8 has a step of 0.4
+    standard deviations, which is fine enough."""
     r = RandomState(seed)
     x = RING[r.randint(0, 8, n)] + .02 * torch.from_numpy(r.randn(n, 2))
     return to_uint8(x)[..., None, None]
 
 
-# ---- load: one name, one tensor ------------------------------------------------------------------
+# ---- load: a data set by its name ----------------------------------------------------------------
 
 SETS = ("mnist fashion emoji-apple emoji-windows anime stacked digits faces-a faces-b "
         "stacked-digits ring").split()
 
 
 def load(name, size, split="train"):
-    """A data set as one tensor.
+    """Load a data set into memory.
 
-    name: one of SETS, or a folder; size: pixels a side; split: "train", "test" or "all" (both).
-    Returns images uint8 (N, C, size, size); labels int64 (N,), or None; the names of the classes,
-    or [] (of faces the 132 FACES, label = 11 * hair + eyes). ring: uint8 (N, 2, 1, 1) whatever the
-    size. Errors: Unavailable if it cannot be downloaded, UserError if it cannot be read."""
+    name: one of SETS, or a folder; size: side of a picture in pixels; split: "train", "test" or
+    "all" (both). Returns images, uint8 (N, C, size, size) on the CPU; labels, int64 (N,), or None;
+    and the list of class names, which is [] without classes, and FACES for the 132 kinds of faces,
+    where label = 11 * hair + eyes. For ring the images are uint8 (N, 2, 1, 1), whatever the size.
+    Raises Unavailable if the set cannot be downloaded, and UserError if it cannot be read."""
     if name not in SETS:
         return folder_set(name, size, split)
     if split == "all":
@@ -521,13 +534,14 @@ def load(name, size, split="train"):
 
 
 def choices(names):
-    """The list of sets in "mnist,digits"; a folder may have a comma in its name."""
+    """"mnist,digits" -> ["mnist", "digits"]. The name of an existing folder may contain commas."""
     return [names] if Path(names).is_dir() else names.split(",")
 
 
 def choose(names, size, split="train"):
-    """(name, images, labels, classes) of the first set of "mnist,digits" that can be had. Prints
-    which one that is, why not an earlier one, and of a folder how many files are no pictures."""
+    """Load the first available set of a list such as "mnist,digits" -> (name, images, labels,
+    classes). Prints its name, why earlier sets in the list are not available, and, for a folder,
+    how many of its files are not pictures."""
     note = ""
     names = choices(names)
     for name in names:
@@ -547,7 +561,7 @@ def choose(names, size, split="train"):
 
 
 def to_float(x):
-    """uint8 0..255 -> float32 in [-1, 1], the range of tanh, with which generators end."""
+    """uint8 0..255 -> float32 in [-1, 1], the range of tanh, the last layer of a generator."""
     return x.float() * (2 / 255) - 1
 
 
@@ -556,9 +570,9 @@ def to_uint8(x):
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-# ---- pictures out --------------------------------------------------------------------------------
+# ---- writing pictures ----------------------------------------------------------------------------
 
-# Twelve colours, three times over for charts with more lines.
+# Twelve colours, repeated three times for charts with more than twelve lines.
 COLOURS = 3 * """#1f77b4 #d64541 #2c8c3c #ff8c00 #8250b4 #14a0aa #825a46 #dc64aa #6e6e6e
                  #aaaa1e #3c3ca0 #000000""".split()
 
@@ -569,13 +583,13 @@ def font(size=12):
 
 
 def write(draw, place, words, size=12, anchor="lm"):
-    """Black words. anchor: which point of the words lies at the place (x, y), in Pillow's letters:
-    "lm" is the middle of their left edge."""
+    """Draw black text. anchor: which point of the text is put at place = (x, y), in Pillow's
+    notation: "lm" is the middle of the left edge."""
     draw.text(place, words, "black", font(size), anchor)
 
 
 def save(image, path):
-    """A Pillow image -> PNG file, atomically. Returns the path."""
+    """Save a Pillow image as a PNG file, atomically. Returns the path."""
     with atomic(path) as part:
         image.save(part, "PNG")
     return path
@@ -587,21 +601,21 @@ def as_image(x):
 
 
 def grid(images, columns):
-    """uint8 (N, C, H, W), grey or colour -> one Pillow image, row by row. Pictures of up to 32
-    pixels are shown at twice their size."""
+    """uint8 (N, C, H, W), grey or colour -> one Pillow image that shows them row by row. Pictures
+    of at most 32 pixels in height are shown at twice their size."""
     x = images.expand(-1, 3, -1, -1).cpu()
     if x.shape[2] <= 32:
         x = F.interpolate(x, scale_factor=2)
-    x = F.pad(x, (2, 2, 2, 2, 0, 0, 0, -len(x) % columns), value=255)   # of W, H, C, N
+    x = F.pad(x, (2, 2, 2, 2, 0, 0, 0, -len(x) % columns), value=255)   # W, H, C and N
     rows = [torch.cat([*row], 2) for row in x.split(columns)]
     return as_image(torch.cat(rows, 1))
 
 
 def sheet(rows, path, left=(), top=(), title="", marks=()):
-    """Rows of images with words beside and above them, as a PNG. Returns the path.
+    """Save rows of images, with labels to the left and above, as a PNG file. Returns the path.
 
     rows: uint8 (n_i, C, H, W) each; left: a label for each row; top: a label for each column;
-    marks: numbers of the columns that get a red frame."""
+    marks: the indices of the columns that get a red frame."""
     strips = [grid(row, len(row)) for row in rows]
     w = strips[0].width / len(rows[0])
     x0 = 12 + int(max(map(font().getlength, left), default=0))
@@ -625,8 +639,9 @@ def sheet(rows, path, left=(), top=(), title="", marks=()):
 
 
 def gif(path, frames):
-    """PNG files or Pillow images -> one looping GIF of about 50 of them at most; each is shown for
-    0.1 seconds, the last ten times as long."""
+    """Save PNG files or Pillow images as a looping GIF. Of more than 49 every second, third and so
+    on is taken, which leaves at most 50. Each is shown for 0.1 seconds; then the last one of all is
+    shown for another 0.9 seconds."""
     frames = frames[::1 + len(frames) // 50] + 9 * frames[-1:]
     pages = [(Image.open(frame) if isinstance(frame, Path) else frame).convert("RGB")
              for frame in frames]
@@ -637,7 +652,7 @@ def gif(path, frames):
 # ---- charts --------------------------------------------------------------------------------------
 
 def legend(draw, y, names, colours):
-    """Names behind dots in their colours, on as many lines as they need, the first at height y."""
+    """Draw names, each after a dot in its colour, on as many lines as needed; the first is at y."""
     x = 60
     for name, colour in zip(names, colours):
         width = 30 + font().getlength(name)
@@ -650,17 +665,17 @@ def legend(draw, y, names, colours):
 
 
 def ticks(low, high):
-    """Three to seven round numbers from low to high, multiples of 1, 2 or 5 times a power of 10."""
+    """Two to seven round numbers from low to high: multiples of 1, 2 or 5 times a power of 10."""
     power = 10 ** np.floor(np.log10(high - low))
     step = next(k * power for k in (.2, .5, 1, 2) if high - low <= 6 * k * power)
     return step * np.arange(math.ceil(low / step), high / step + 1e-6)
 
 
 def chart(path, panels):
-    """Line charts one below the other, as a PNG. Returns the path.
+    """Save line charts, one below the other, as a PNG file. Returns the path.
 
-    panels: [(title, {name of a line: (steps, ys)})]. A vertical axis covers the 1st to the 99th
-    percentile, so that one outlier does not flatten the curves."""
+    panels: [(title, {name of a line: (steps, ys)})]. Each vertical axis covers the 1st to the 99th
+    percentile of the values, so that a few outliers do not flatten the curves."""
     page = Image.new("RGB", (830, 230 * len(panels) + 20), "white")
     draw = ImageDraw.Draw(page)
     top = 0
@@ -693,10 +708,10 @@ def chart(path, panels):
 
 
 def scatter(path, xy, groups, group_names, labels, links, title, colours):
-    """Points in the colours of their groups, with a legend, as a PNG. Returns the path.
+    """Save a scatter plot, with points in the colours of their groups, as a PNG. Returns the path.
 
-    xy (N, 2); groups (N,): the number of the group of each point; labels: {number of a point:
-    word}; links: [(i, j)], pairs of points that are joined by a line."""
+    xy (N, 2); groups (N,): the index of each point's group; labels: {index of a point: text};
+    links: [(i, j)], pairs of points that are joined by a line."""
     xy = np.asarray(xy, float)
     page = Image.new("RGB", (830, 890), "white")
     draw = ImageDraw.Draw(page)
@@ -715,12 +730,12 @@ def scatter(path, xy, groups, group_names, labels, links, title, colours):
 # ---- several processes: torchrun -----------------------------------------------------------------
 
 def meet(name):
-    """Connect the processes that torchrun has started, each on a GPU of its own unless the device's
-    name is "cpu". From here on only rank 0 prints."""
+    """Connect the processes that torchrun has started. Each gets a GPU of its own if CUDA is
+    available, unless `name` is "cpu". From here on only rank 0 prints to stdout."""
     if WORLD == 1:
         return
     need(os.name == "posix" and (name == "cpu" or not torch.backends.mps.is_available()),
-         "torchrun works on Linux, and on a Mac with --device cpu; start this with python")
+         "torchrun works on Linux, or on a Mac with --device cpu; start the script with python")
     if name != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(RANK)                 # all processes are on one machine
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -732,8 +747,8 @@ def meet(name):
 
 @contextmanager
 def rank_0_first():
-    """Rank 0 runs the block first. The other ranks run it afterwards and find on disk what rank 0
-    has put there."""
+    """Rank 0 runs the block first. The other ranks run it afterwards, when the files that rank 0
+    has written are on disk."""
     if RANK > 0:
         dist.barrier()
     yield
@@ -749,7 +764,7 @@ def mean_gradients(opt, *_):
 
 
 def over_ranks(opt):
-    """The same optimiser; under torchrun each of its steps first averages the gradients."""
+    """Returns the optimiser. Under torchrun each step() first averages the gradients over ranks."""
     if WORLD > 1:
         opt.register_step_pre_hook(mean_gradients)
     return opt
@@ -758,22 +773,22 @@ def over_ranks(opt):
 # ---- runs: command line, device ------------------------------------------------------------------
 
 def run_main(main):
-    """Run main() as a command: an error of the user's is one line on stderr and exit code 2; Ctrl-C
-    is exit code 130."""
-    if hasattr(sys.stdout, "reconfigure"):      # a notebook's has no such method
-        # Each line shows at once, also in a file or pipe; a name that the console cannot show is no
-        # error.
+    """Run main() as a command. A UserError, an error of the file system and lack of memory end it
+    with one line on stderr and exit code 2; Ctrl-C ends it with exit code 130."""
+    if hasattr(sys.stdout, "reconfigure"):      # the stdout of a notebook has no such method
+        # Write each line immediately, also to a file or pipe. Characters that the console cannot
+        # show are escaped instead of causing an error.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         return
     except UserError as e:
         why = str(e)
-    except BrokenPipeError:                     # the reader, such as `| head`, has seen enough
+    except BrokenPipeError:                     # the reader, such as `| head`, has stopped
         os._exit(141)
     except OSError as e:
-        why = (f"{e.filename or 'file'}: {e.strerror or e}; free space, change its permissions or "
-               "name another folder")
+        why = (f"{e.filename or 'file'}: {e.strerror or e}; free disk space, change the "
+               "permissions or name another folder")
     except (RuntimeError, MemoryError) as e:
         if not re.search("out of memory|allocate|MemoryError", repr(e)):
             raise
@@ -796,18 +811,18 @@ class Parser(argparse.ArgumentParser):
 def arguments(Config, argv=None, presets={}, hide=(), positional=""):
     """Command line -> (name of the preset, dict of the fields that it changes).
 
-    Each field of the flat dataclass Config is a flag. Its help is the comment behind it, so we read
-    the source of the class; a comment line `# ---- the network` begins a group of the help.
-    presets: name -> Config with its values, which `NAME --help` shows as the defaults; the name
-    comes first on the command line. Fields in `hide` are no flags; the field `positional` takes the
-    words without a flag."""
+    Each field of the dataclass Config is a flag. Its help text is the comment after it on the same
+    line, so we read the source of the class. A comment line `# ---- the network` starts a new group
+    of flags in the help. presets: {name: a Config with the values of this preset}; the name is the
+    first word of the command line, and `NAME --help` shows these values as defaults. Fields in
+    `hide` are not flags. The field `positional` takes the words that do not belong to a flag."""
     argv = sys.argv[1:] if argv is None else argv
-    shown = presets.get(argv[0], Config) if argv else Config    # a class has its defaults, too
+    shown = presets.get(argv[0], Config) if argv else Config    # a class has the defaults
     group = parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("preset", choices=presets, metavar="PRESET",
-                            help=f"{' '.join(presets)}; PRESET --help shows its own values")
+                            help=f"one of {' '.join(presets)}; PRESET --help shows its settings")
     for line in inspect.getsource(Config).splitlines():
         title = re.match(" +# -+ (.+)", line)
         field = re.match(r" +(\w+): .*?# (.*)", line)
@@ -826,41 +841,41 @@ def arguments(Config, argv=None, presets={}, hide=(), positional=""):
 
 
 def keep_memory():
-    """Make the C library of Linux keep the memory that a step frees. Otherwise it goes back to the
-    system, and every step spends time to get it again."""
-    with suppress(Exception):                            # other systems differ
+    """Make the C library of Linux keep the memory that a training step frees. Otherwise it returns
+    the memory to the system, and every step spends time on requesting it again."""
+    with suppress(Exception):                            # other systems have no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)                   # M_MMAP_THRESHOLD: 32 MB
         libc.mallopt(-1, 1 << 30)                   # M_TRIM_THRESHOLD: 1 GB
 
 
 def device(name):
-    """torch.device by name; "auto" is the GPU if there is one (cuda or mps), else the CPU.
-    UserError if it cannot be used."""
+    """The torch.device of this name; "auto" is the GPU (such as cuda or mps) if there is one, else
+    the CPU. Raises UserError if the device cannot be used. Also calls keep_memory()."""
     if name == "auto":
-        name = torch.accelerator.current_accelerator(True) or "cpu"     # True: if it is there
+        name = torch.accelerator.current_accelerator(True) or "cpu"     # True: only if available
     need(WORLD == 1 or dist.is_initialized(), "only gan.py can run under torchrun; use python")
     keep_memory()
     try:
         return torch.zeros(1, device=name).device
     except Exception as e:
-        raise UserError(f"device {name} is not there ({str(e).splitlines()[0]}); use --device cpu")
+        raise UserError(f"device {name} is not usable ({str(e).splitlines()[0]}); use --device cpu")
 
 
 def place(net, device):
     """A network on its device, its weights in the memory layout that is fastest there.
 
-    channels_last speeds up convolutions on CPUs and NVIDIA's GPUs. On Apple's GPUs up to torch 2.13
-    the backward pass of batch norm on such pictures is wrong or stops, so there all stays
-    contiguous."""
+    channels_last speeds up convolutions on CPUs and NVIDIA GPUs. On Apple GPUs, up to torch 2.13,
+    the backward pass of batch norm is wrong or fails in this layout, so the default contiguous
+    layout is kept there."""
     apple = torch.device(device).type == "mps"
     layout = torch.contiguous_format if apple else torch.channels_last
     return net.to(device, memory_format=layout)
 
 
 def autocast(amp, device):
-    """A context in which convolutions and matrix products run in bfloat16, which has 16 bits.
-    amp: 1 yes, 0 no, -1 only where the processor computes with bfloat16 itself and so is faster."""
+    """A context in which convolutions and matrix products are computed in bfloat16, with 16 bits.
+    amp: 1 on, 0 off, -1 on only if the CPU or GPU supports bfloat16 natively, which is faster."""
     native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -870,20 +885,21 @@ def autocast(amp, device):
 # ---- runs: folder, checkpoints, log --------------------------------------------------------------
 
 def run_folder(name, cfg, changes, free):
-    """The folder of a run, out/<name>-<each setting that was changed>; prints the line that begins
-    a run. A folder with files in it must hold a run of this program, so that nobody's pictures are
-    overwritten; what could stop the run at its end is checked here, too."""
+    """The folder of a run: cfg.out, or out/<name>-<settings given on the command line>, except for
+    those in `free`. Prints the first line of the run. A folder that contains files must hold a run
+    of this program, so that no other files are overwritten. Also checks that DOWNLOADS is writable,
+    because the run would otherwise fail only at its end."""
     need(abs(cfg.seed) <= 9e12, f"--seed {cfg.seed} is not between -9e12 and 9e12")
     for field, value in vars(cfg).items():
         if field in changes and field not in free:
             if value and isinstance(value, str):
-                value = os.path.normpath(value)             # photos/ and photos are one folder
+                value = os.path.normpath(value)             # photos/ is the same as photos
                 setattr(cfg, field, value)
             name += f"-{field}{value}"
     out = Path(cfg.out or "out/" + re.sub(r"[^\w.-]", "+", name))
     if (out / "last.pt").is_file():
         need({"log", "step", "config"} <= load_checkpoint(out / "last.pt").keys(), f"{out}/last.pt "
-             "is of an older version or another program; name another folder with --out")
+             "was written by an older version or another program; name another folder with --out")
     elif out.exists() and not all(hidden(path.name) for path in out.iterdir()):
         read_run(out)
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
@@ -894,18 +910,19 @@ def run_folder(name, cfg, changes, free):
 
 
 def kept(cfg, out):
-    """The data sets to choose from. A run that is resumed keeps the set that it began with, if that
-    is one of cfg.data, even if a better one can be had by now; otherwise cfg.data."""
+    """The data sets to choose from. A resumed run keeps the set with which it began, even if a set
+    that is earlier in cfg.data has become available. For other runs, or if cfg.data no longer
+    contains that set, this is cfg.data."""
     if cfg.resume and (out / "last.pt").is_file():
         began = load_checkpoint(out / "last.pt")["config"].get("data")
         if began in choices(cfg.data):
             return began
-    return cfg.data                             # restore() says so where it is another set
+    return cfg.data                             # if the set differs, restore() reports it
 
 
 def save_checkpoint(path, parts, step, cfg):
-    """Networks, optimisers, log and whatever else has a state_dict, with step and config, to a
-    file, atomically. Where a weight is not finite the run ends and the earlier file stays."""
+    """Save networks, optimisers, log and everything else that has a state_dict, with step and
+    config, atomically. If a weight is not finite, the run ends and the earlier file is kept."""
     for part in parts.values():
         if isinstance(part, torch.nn.Module) and not all(
                 p.isfinite().all() for p in part.parameters()):
@@ -915,32 +932,33 @@ def save_checkpoint(path, parts, step, cfg):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote; weights_only: a file cannot run code."""
+    """Load the dict that save_checkpoint wrote. With weights_only=True a file cannot run code."""
     need(Path(path).is_file(), f"no checkpoint {path}: train first, or name the run with --out")
     try:
         return dict(torch.load(path, map_location=device, weights_only=True))
-    except OSError:                                 # no permission: run_main says so
+    except OSError:                                 # no permission: run_main reports it
         raise
     except Exception as e:                          # a damaged zip or pickle raises nearly anything
-        raise UserError(f"{path} is no readable checkpoint ({type(e).__name__}): move it away, or "
+        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__}): move it, or "
                         "name another folder with --out") from e
 
 
 @rank_0_first()
 def restore(parts, path, cfg, free, device):
-    """Load a checkpoint into networks, optimisers and log, in place; returns its step.
+    """Load a checkpoint into networks, optimisers and log, in place. Returns its step.
 
-    Where there is none, or only one from before the first step, it writes one of step 0: from then
-    on the folder is known to hold a run of this program. --resume 0 first deletes the earlier
-    run: its checkpoint, results and those sample pictures that its log lists. UserError where a
-    setting has changed that is not in `free`, and where nothing is there to train or to resume."""
+    If there is no checkpoint, or only one of step 0, this saves one of step 0, which marks the
+    folder as that of a run of this program. With --resume 0, first deletes the earlier run's
+    checkpoint, log.csv, result.json and the sample pictures that its log lists. Raises UserError if
+    a setting that is not in `free` has changed, if the learning rate has already fallen for another
+    number of steps, or if there is nothing to train and nothing to resume."""
     if not cfg.resume and path.is_file() and RANK == 0:
         grids = [f"{step:06d}.png" for step in load_checkpoint(path)["log"]["grids"]]
         for name in [*grids, "log.csv", "result.json", "last.pt"]:
             (path.parent / name).unlink(missing_ok=True)
     state = load_checkpoint(path, device) if path.is_file() else dict(step=0)
     if state["step"] == 0:
-        need(cfg.steps, f"nothing is trained yet: this needs {path}, and no --resume 0")
+        need(cfg.steps, f"nothing is trained yet: this needs {path}; train first, omit --resume 0")
         save_checkpoint(path, parts, 0, cfg)
         return 0
     trained = state["config"]
@@ -950,13 +968,13 @@ def restore(parts, path, cfg, free, device):
              f"{path} was trained with {name} {was}, not {value}; repeat that setting, name "
              "another --out, or begin anew with --resume 0")
     need(not trained.get("decay") or state["step"] >= cfg.steps or cfg.steps == trained["steps"],
-         f"in {path} the learning rate has fallen as for --steps {trained['steps']}: give that "
-         "length, another --out, or --resume 0 to begin anew")
+         f"in {path} the learning rate has fallen as for --steps {trained['steps']}: use the "
+         "same --steps, name another --out, or start again with --resume 0")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except Exception as e:                          # another program's file raises nearly anything
-        raise UserError(f"{path} is no checkpoint of this model ({str(e).splitlines()[0]})") from e
+        raise UserError(f"{path}: not this model; name another --out ({str(e)[:99]})") from e
     parts["log"].last = state["step"]
     print(f"resumed  {path} after {state['step']} steps")
     return state["step"]
@@ -968,11 +986,11 @@ def grad_norm(net):
 
 
 class Log:
-    """The numbers of a run: rows, a dict for each logged step; grids, the steps at which it wrote a
-    sample picture; seconds, how long it has trained.
+    """The numbers of a run. rows: one dict for each logged step; grids: the steps at which a sample
+    picture was written; seconds: the training time so far.
 
-    It is one of the parts of the checkpoint. log.csv is written for the user and never read, so it
-    may be edited."""
+    The log is part of the checkpoint. log.csv is only written for the user: the program never reads
+    it, and overwrites it at each logged step."""
 
     def __init__(self, out, total):
         self.out = out
@@ -990,35 +1008,36 @@ class Log:
         vars(self).update(state)        # self.rows = state["rows"], and so on
 
     def grid(self, step):
-        """The path for the sample picture of a step, 000001.png and so on; the run owns it now."""
+        """The path for a step's sample picture, such as 000001.png. Adds the step to grids."""
         if step not in self.grids:
             self.grids.append(step)
         return self.out / f"{step:06d}.png"
 
     def table(self):
-        """Name of a column -> its numbers."""
+        """The log as {name of a column: its numbers}."""
         names = self.rows[0] if self.rows else ()
         return {name: [row[name] for row in self.rows] for name in names}
 
     def save(self, **record):
-        """result.json: this record, the step, the table and the steps with a sample picture."""
+        """Write result.json: record, the step, the seconds, the table and the steps in grids."""
         record |= dict(step=self.last, seconds=self.seconds, log=self.table(), grids=self.grids)
         write_text(self.out / "result.json", json.dumps(record, indent=1))
 
     def blew_up(self, step):
-        """Ends a run in which a number is not finite; result.json says so to compare."""
+        """End a run in which a number is not finite. result.json records this for `compare`."""
         self.last = step
         headline = f"blew up at {step}"
         self.save(metrics={"blew up at": step}, headline=headline)
-        raise UserError(f"{headline}: a loss, gradient or weight is not finite. Train anew with a "
-                        "lower learning rate (--lr) in a folder of its own: without --out the name "
-                        f"follows from the flags. {self.out} keeps its last good checkpoint")
+        raise UserError(f"{headline}: a loss, gradient or weight is not finite. Train again with a "
+                        "lower learning rate (--lr) in a folder of its own (without --out). The "
+                        f"last good checkpoint is still in {self.out}")
 
     def write(self, step, batch, **numbers):
-        """One row to log.csv; step, the first four numbers, speed and time left to the screen.
+        """Write one row to log.csv, and print the step, the first four numbers, the speed and the
+        time left.
 
-        numbers: 0-d tensors, fetched from the device all at once; batch: pictures per step. Ends
-        the run as blown up unless all numbers are finite."""
+        numbers: 0-d tensors, which are copied from the device all at once; batch: pictures per
+        step. Ends the run with blew_up unless all numbers are finite."""
         values = torch.stack([*numbers.values()])
         if not values.isfinite().all():
             self.blew_up(step)
@@ -1039,9 +1058,9 @@ class Log:
 
 
 def finish(out, cfg, log, metrics, panels, headline):
-    """The end of every run: curves.png, training.gif, result.json; the headline comes last.
+    """End a run: write curves.png, training.gif and result.json, and print the headline last.
 
-    panels: [(title, [names of columns of the log])]; names that it lacks are left out."""
+    panels: [(title, [names of columns of the log])]; columns that the log lacks are left out."""
     table = log.table()
     shown = []
     for title, names in panels:
@@ -1067,9 +1086,9 @@ def finish(out, cfg, log, metrics, panels, headline):
 # ---- several runs on one sheet -------------------------------------------------------------------
 
 def read_run(folder):
-    """(metrics with step and seconds, picture uint8 (3, H, W) of the last samples, log as columns)
-    of a run."""
-    picture = torch.full((3, 400, 400), 255).byte()             # if it blew up before the first
+    """Read the results of a run -> (metrics with step and seconds, its last sample picture as uint8
+    (3, H, W), log as {name of a column: numbers})."""
+    picture = torch.full((3, 400, 400), 255).byte()             # white if the run has no picture
     try:
         record = json.loads(Path(folder, "result.json").read_text(encoding="utf-8-sig"))
         numbers = dict(step=record["step"], seconds=record["seconds"]) | record["metrics"]
@@ -1077,7 +1096,7 @@ def read_run(folder):
         paths = [Path(folder, f"{step:06d}.png") for step in record["grids"]]
         for path in filter(Path.is_file, paths):
             picture = read_picture(path)
-        np.array([*record["log"].values()], float)              # columns of numbers, equally long
+        np.array([*record["log"].values()], float)              # fails unless equally long numbers
     except Exception as e:                          # an edited or cut file raises nearly anything
         raise UserError(f"{folder} holds no finished run of this program (its result.json: "
                         f"{type(e).__name__}); name another folder") from e
@@ -1085,9 +1104,10 @@ def read_run(folder):
 
 
 def compare(folders, out):
-    """Several runs: the first row of their last samples on <out>.png, curves on <out>-curves.png,
-    numbers in <out>.md, a table in Markdown with a row for each run, which is printed as well. A
-    folder without a readable result is left out, and a line says so."""
+    """Compare several runs. Writes <out>.png with the first row of each run's last sample grid
+    (other sample pictures are shown whole), <out>-curves.png with the curves, and <out>.md with a
+    Markdown table of the metrics, one row per run, which is also printed. A folder without a
+    readable result is left out with a message."""
     runs = {}
     for folder in folders:
         try:
@@ -1104,7 +1124,7 @@ def compare(folders, out):
         table += f"\n| {name} | {' | '.join(cells)} |"
         for column in set(log) - {"step", "seconds"}:
             lines.setdefault(column, {})[name] = log["step"], log[column]
-        _, h, w = picture.shape                     # a grid of 8 x 8; else a sheet, shown whole
+        _, h, w = picture.shape                     # square: a grid of 8 x 8; else shown whole
         strips.append(picture[None, :, :h // 8 if h == w else h])
     sheet(strips, f"{out}.png", list(runs))
     if lines:
@@ -1114,8 +1134,8 @@ def compare(folders, out):
 
 
 def tile(folders, out):
-    """The sample pictures of several runs of the same length side by side: the last ones on
-    <out>.png, and those of each step as one frame of <out>.gif."""
+    """Show the sample pictures of several equally long runs together, four in a row. The last ones
+    go to <out>.png; in <out>.gif there is one frame for each step that has sample pictures."""
     frames = []
     for picture in sorted(Path(folders[0]).glob("[0-9]*.png")):
         pages = [read_picture(Path(folder, picture.name)) for folder in folders]
@@ -1128,16 +1148,16 @@ def tile(folders, out):
 
 @dataclasses.dataclass
 class Command:
-    """What `python data.py compare` and `python data.py tile` are told."""
+    """The arguments of `python data.py compare` and `python data.py tile`."""
     runs: tuple = ()                # folders of finished runs
-    out: str = "out/compare"        # where the results go: OUT.png, OUT-curves.png and OUT.md
+    out: str = "out/compare"        # writes OUT.png; compare: OUT-curves.png, OUT.md; tile: OUT.gif
 
 
 def main(argv=None):
     """The command line."""
     do, changes = arguments(Command, argv, dict(compare=Command, tile=Command), positional="runs")
     a = Command(**changes)
-    need(a.runs, f"{do} which runs? python data.py --help has an example")
+    need(a.runs, f"name the folders of runs: python data.py {do} out/a out/b --out out/ab")
     (tile if do == "tile" else compare)(a.runs, a.out)
 
 

@@ -11,28 +11,29 @@ real and of the generated pictures, and the FID is the squared Frechet distance 
     d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2
 
 fid_textbook is this line. fid computes the same number faster, because it needs only the trace of
-the root, which is the sum of the roots of the eigenvalues of S1 S2. Take any A with S1 = A A^T. A
-product and the product in the other order have the same non-zero eigenvalues, so those of S1 S2 =
-A (A^T S2) are those of
+the root, which is the sum of the square roots of the eigenvalues of S1 S2. Take any A with S1 =
+A A^T. The products X Y and Y X have the same non-zero eigenvalues. So with X = A and Y = A^T S2 the
+non-zero eigenvalues of S1 S2 = A A^T S2 are those of
 
     A^T S2 A
 
-which is symmetric, so that its eigenvalues are real, not negative, and quick to compute. A is the
-triangle of the Cholesky decomposition of S1. A singular S1 has none: then A consists of the
-eigenvectors of S1, each times the root of its eigenvalue, and those whose eigenvalue is 0 are left
-out. S1 and S2 may change places, and the one with the lower rank gives A. So singular covariances
-need no epsilon on the diagonal.
+This matrix is symmetric and positive semi-definite, so its eigenvalues are real, not negative, and
+quick to compute. A is the lower triangular Cholesky factor of S1. If S1 is singular, it has no such
+factor; then the columns of A are the eigenvectors of S1 with non-zero eigenvalues, each times the
+square root of its eigenvalue. S1 and S2 can be exchanged, and A is computed from the one with the
+lower rank. So singular covariances need no epsilon on the diagonal.
 
 Which network? Inception with the published weights, if they can be had: its FIDs compare with those
 of papers at equal numbers of pictures (see Inception for what "published" means). Otherwise a small
 classifier, trained here on the data set itself: its FIDs compare only with each other. It is
 trained on pictures with lifted blacks, lowered whites, less contrast, noise, blur and shifts, so
-that slight changes of this kind raise the FID a little, not enormously. Where there are no labels
-it learns to predict turns, exchanged channels, disturbances, and which picture it is.
+that slight changes of this kind raise the FID a little, not enormously. If there are no labels,
+it learns to predict rotations, permutations of the channels, kinds of distortion, and the index of
+the picture.
 
-Error bar: classifiers that differ only in their seed, as on two machines, give FIDs of one trained
-generator that differ by about 10% (three seeds, MNIST and emojis; 2,000 pictures). On one machine
-the classifier is kept in a file, so there an FID repeats.
+Uncertainty: if the classifier is trained with another seed or on another machine, the FID of the
+same generator changes by about 10% (three seeds, MNIST and emojis; 2,000 pictures). On one machine
+the classifier is kept in a file, so an FID can be reproduced there.
 """
 import json
 import re
@@ -167,16 +168,17 @@ def nearest(x, y):
 
 
 def excess(distance, held_out):
-    """Share of the distances (N,) that are shorter than 95% of those of held-out pictures (M,),
-    less the 5% that chance gives, over 0.95 -> float from 0, by chance, to 1."""
+    """(s - 0.05) / 0.95 -> float, where s is the share of the distances (N,) that are below the 5%
+    quantile of the held-out distances (M,). It is about 0 if both have the same distribution, as
+    then s = 5%, and 1 if all distances are below that quantile. Negative values become 0."""
     threshold = held_out.quantile(.05, interpolation="lower")
     share = (distance < threshold).double().mean().item()
     return max(0., (share - .05) / .95)
 
 
 LEAST = 20                          # at least so many held-out pictures give a threshold
-ALARM = .1      # So far only short runs support this bound: the healthy ones among them had at most
-                # 0.02 of `copied` and of `twins`.
+ALARM = .1      # This bound is based on short runs only: those that did not fail had `copied` and
+                # `twins` of at most 0.02.
 
 
 def neighbours(train, test, fake, path):
@@ -186,14 +188,15 @@ def neighbours(train, test, fake, path):
     the closest first. Returns a dict. copied: the excess (see there) of the fakes that lie nearer
     to a training picture than held-out pictures do: 0 for held-out pictures, 1 for training
     pictures, 0.1 where a tenth of the fakes are copies. Compare Meehan 2020 (arXiv 2004.05675).
-    twins: the same with the distance to the nearest other fake and to the nearest other held-out
-    picture, among as many. Pale pictures lie nearer to each other, so the contrast of the fakes is
-    first scaled, at most doubled, towards the spread of the held-out pictures: their root mean
-    square distance from the mean picture. Compare Arora 2018, who count such pairs.
+    twins: the excess for the distance from a fake to the nearest other fake, compared with the
+    distance from a held-out picture to the nearest other one, in equally large sets. Pictures of
+    low contrast are closer to each other. So the contrast of the fakes is first scaled, by a factor
+    of at most 2, until their spread (root mean square distance from the mean picture) equals that
+    of the held-out pictures. Compare Arora 2018, who count such pairs.
 
-    At most 2,000 fakes and as many held-out pictures are compared. Held-out pictures that stand in
-    the training set as well (17 of the 100 Apple emojis) are left out, and what stands in the
-    held-out set twice counts once. Where fewer than LEAST are left, both numbers are None."""
+    At most 2,000 fakes and 2,000 held-out pictures are compared. Held-out pictures that are also in
+    the training set (17 of the 100 Apple emojis) are left out, and duplicates in the held-out set
+    are counted once. If fewer than LEAST are left, both numbers are None."""
     train = train.cpu()
     fake = fake[:2000].cpu()
     test = shuffled(torch.unique(test.cpu(), dim=0))[:2000]
@@ -370,11 +373,11 @@ def train_classifier(net, images, labels):
 
 
 def classifier(name, size, device="cpu"):
-    """The Classifier of a data set or folder for pictures of size x size: read from
-    DOWNLOADS/classifiers, or trained now and kept there. Of stacked digits: see Stacked.
+    """The Classifier of a data set or folder for pictures of size x size. It is read from
+    DOWNLOADS/classifiers, or trained and then saved there. For stacked digits it is a Stacked.
 
-    Its heads are the classes, for faces hair (12) and eyes (11), and without labels those of the
-    pretext, which have no accuracy."""
+    There is one head for the classes; for faces there are two, hair (12) and eyes (11). Without
+    labels the heads are those of the pretext task, and no accuracy is measured."""
     if name.startswith("stacked"):
         digits = "mnist" if name == "stacked" else "digits"
         return Stacked(classifier(digits, size, device), name)
@@ -588,12 +591,13 @@ def shuffled(images):
 
 
 def scores(net, real, fake):
-    """Metrics of fakes against as many real pictures, uint8 (N, C, H, W) -> dict: fid, kid,
-    precision, recall (these three of at most 5,000), n, n_real, features, floor, floor_n.
+    """Metrics of n fakes against n real pictures, uint8 (N, C, H, W) -> dict: fid; kid, precision
+    and recall, from at most 5,000 pictures; n, n_real, features, floor and floor_n.
 
-    The floor is the FID of real pictures against others: the first n against the next n, or halves
-    where there are fewer. No generator is expected to get below it. Papers take all real pictures:
-    to do the same, generate as many, for example by gan.py's --dump 60000 for MNIST."""
+    The floor is the FID between real pictures: the first n against the next n, or, if there are
+    fewer than 2 n, one half against the other. No generator is expected to get below it. Papers use
+    all real pictures. To do the same, generate as many, for example with gan.py --dump 60000 for
+    MNIST."""
     n = len(fake)
     half = min(n, len(real) // 2)
     need(half > 3, f"{n} pictures against {len(real)} real ones: at least 4 and 8 are wanted")
@@ -639,10 +643,10 @@ def count(net, fake, labels, classes, asked=None):
     each head, and a table of how often each class asked for (row) was seen as each class (column).
     Prints these, the lowest share of a class and the mean confidence.
 
-    A class counts as drawn if the samples that show it with a confidence over 0.9 are at least a
-    tenth of its share in the data: blurred samples, which get some digit each with a confidence of
-    0.6, show none. Of stacked digits every class counts that is predicted at all, as in the
-    literature (Metz 2017; Lin 2018)."""
+    A class counts as drawn if the share of samples that are assigned to it with a confidence over
+    0.9 is at least a tenth of its share in the data. So blurred samples, which are assigned to some
+    digit with a confidence of about 0.6, count for no class. For stacked digits every class counts
+    that is predicted at least once, as in the literature (Metz 2017; Lin 2018)."""
     seen, sure = net.predict(fake)
     n = len(fake)
     k = len(classes)
@@ -670,8 +674,8 @@ def count(net, fake, labels, classes, asked=None):
 # ---- sanity: what the numbers see ----------------------------------------------------------------
 
 def spoiled(x, y):
-    """Real pictures uint8 (N, C, S, S) and labels (N,) -> (what was done, pictures, labels) for
-    several ways to spoil them, some of which an eye hardly minds."""
+    """Distort real pictures uint8 (N, C, S, S) with labels (N,) in several ways, some of which are
+    hardly visible. Yields (description, pictures, labels) for each."""
     yield "untouched: the floor", x, y
     for s in (.2, .6):
         for kind in range(1, len(KINDS)):
@@ -687,13 +691,13 @@ def spoiled(x, y):
 
 
 def sanity(net, name, n):
-    """Prints a Markdown table: n real pictures, spoiled in several ways, against n others.
+    """Prints a Markdown table: n real pictures, distorted in several ways, compared with n others.
 
-    The pictures of the data set `name` are divided into four parts of n. The first two count as the
-    training set: the FID is taken against the first, and the second is the row "training set
-    copied". The other two, test pictures as far as there are enough, are held out: the third gives
-    the threshold of the column `copied`, and the fourth is spoiled. What stands in the training set
-    as well is left out of both."""
+    The pictures of the data set `name` are divided into four parts of n. Parts 1 and 2 serve as the
+    training set: the FID is computed against part 1, and part 2 is the row "training set copied".
+    Parts 3 and 4, which are test pictures if there are enough of them, are held out: part 3 gives
+    the threshold of the column `copied`, and part 4 is distorted. Pictures of parts 3 and 4 that
+    also occur in the training set are left out."""
     x, y = [], []
     for split in ("train", "test"):
         images, labels, _ = data.load(name, net.size, split)
@@ -768,8 +772,9 @@ def split_of(word):
 
 
 def source(word, size, net):
-    """A word of the command line -> uint8 pictures (N, C, H, W): a data set at this size; those of
-    a folder as large as its first picture, but no larger than size; of an array as they are."""
+    """A word of the command line -> uint8 pictures (N, C, H, W). A data set is loaded at `size`.
+    The pictures of a folder get the size of its first picture, but at most `size`. Those of an
+    array are not resized."""
     name, split = split_of(word)
     if is_array(name):
         return array(name)
@@ -797,7 +802,7 @@ def network(cfg, name, size):
                   f"         {data.DOWNLOADS / WEIGHTS}")
     print(f"features {Classifier.name}: compares only with FIDs of this classifier, not with "
           "Inception's")
-    need(not is_array(name), f"{name} is of which data set? add --data SET")
+    need(not is_array(name), f"the data set of {name} is not known: name it with --data SET")
     return classifier(data.choose(name, size)[0], size, device)
 
 

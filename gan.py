@@ -94,7 +94,7 @@ class GANConfig:
     h: int = 16                     # width of the networks: layers have multiples of h channels
     d_h: int = 0                    # width of D; 0: the same as h
     noise: Literal["normal", "uniform", "uniform01"] = "normal"     # N(0, I), U(-1, 1) or U(0, 1)
-    init: Literal["normal", "default"] = "normal"   # deviation 0.02, or as torch has it
+    init: Literal["normal", "default"] = "normal"   # standard deviation 0.02, or torch's default
     act: Literal["", "relu", "leaky", "selu"] = ""  # replaces all ReLU and LeakyReLU
     bn: Literal["both", "G", "D", "none"] = "both"  # which networks keep their batch norm
     sn: Literal["none", "D", "both"] = "none"       # which networks get spectral norm
@@ -109,7 +109,7 @@ class GANConfig:
     r1: float = 0.                  # gan, r3gan: weight (gamma) of the R1 penalty, on real pictures
     r2: float = 0.                  # gan, r3gan: weight (gamma) of the R2 penalty, on fakes
     penalty_every: int = 16         # R1 and R2 only in every n-th step, with n times the weight
-    augment: int = -1               # 1 on, 0 off, -1 on for r3gan with under 10,000 pictures
+    augment: int = -1               # DiffAugment: 1 on, 0 off, -1 on for r3gan below 10,000 images
     # ---- the optimisers
     g_opt: Optimiser = "adam"       # optimiser of G
     d_opt: Optimiser = "adam"       # optimiser of D
@@ -473,7 +473,7 @@ def r1_penalty(D, x):
 
 
 def mean_norm_penalty(D, x, x_fake):
-    """A mistake, kept on show: E |grad D|_2 at alpha x + alpha x_fake. Do not use it.
+    """A common mistake, shown as an example: E |grad D|_2 at alpha x + alpha x_fake. Do not use it.
 
     Some solutions of the emoji handout have it in place of gradient_penalty. The point does not lie
     between x and x_fake, because alpha is used twice, and the norm is pulled to 0 instead of 1."""
@@ -536,9 +536,10 @@ def spectral_norm(layer):
 def diff_augment(x):
     """DiffAugment, Zhao 2020: every picture (N, C, S, S) gets random colours and a random shift.
 
-    D sees all pictures, real and fake, only in this form, which makes it harder to memorise a small
-    data set. Both are changed at random in the same way, and gradients flow through, so G still
-    learns unchanged pictures. lerp(a, b, w) = a + w (b - a)."""
+    D sees all pictures, real and fake, only in this form, which makes it harder for D to memorise a
+    small data set. Real and fake pictures are augmented with the same distribution, and gradients
+    flow through the augmentation, so G still learns to draw pictures that are not augmented.
+    lerp(a, b, w) = a + w (b - a)."""
     n = len(x)
     side = x.shape[-1]
     light, colour, contrast = torch.rand(3, n, 1, 1, 1, device=x.device)
@@ -802,8 +803,9 @@ def networks(cfg):
     return G, D
 
 
-# For each --loss: its training step, the settings that this step reads, and the settings that it
-# brings to any network (from its paper; for acgan what it needs; for r3gan our own).
+# For each --loss: its training step, the settings that this step reads, and the settings that are
+# applied when --loss replaces a preset's own loss (those of its paper; for acgan, the one setting
+# that it needs; for r3gan, our own).
 LOSSES = {
     "gan": (step_gan, {"r1", "r2"}, {}),
     "saturating": (partial(step_gan, saturating=True), {"r1", "r2"}, {}),
@@ -817,13 +819,16 @@ LOSSES = {
 
 
 def config(preset, modern=0, **changes):
-    """The GANConfig of a preset. Settings are combined in this order, and later ones win:
-    1. those of the preset; if another loss is chosen, without penalties, d_steps and optimisers;
-    2. with modern=1, MODERN;
-    3. if changes name another loss, those that it brings (LOSSES);
-    4. the changes.
+    """The GANConfig of a preset. Settings are combined in this order; later ones override earlier
+    ones:
+    1. the settings of the preset (if another loss is chosen, without the preset's penalties, clip,
+       d_steps and optimisers);
+    2. MODERN, if modern=1;
+    3. the settings in LOSSES, if `changes` contains another loss;
+    4. `changes`.
 
-    On the ring, all losses have the preset's optimiser, and gp fits points instead of pictures."""
+    On the ring, all losses use the preset's optimiser, and gp has a value for points in the plane
+    instead of pictures."""
     fields = dict(loss="gan") | PRESETS[preset]
     own = fields["loss"]
     loss = changes.get("loss", "r3gan" if modern else own)
@@ -939,7 +944,7 @@ def spread(x):
 
 def statistics(cfg, nets, x, x_fake, D, G, real, fake, after):
     """The numbers of the log, 0-d tensors, from what a training step returns. |dD| and |dG| are the
-    lengths of the gradients of both losses; spread is 0 when all fakes are alike."""
+    norms of the gradients of D's and G's loss; spread is 0 if all fakes are identical."""
     scores = torch.stack([t.view(len(t), -1)[:, 0] for t in (real, fake, after)])   # (3, N)
     if cfg.loss in ("gan", "saturating", "acgan"):
         scores = scores.sigmoid()                                   # probabilities
@@ -1043,14 +1048,14 @@ def ring_page(cfg, D, images, x, step, side=200):
 # ---- what was drawn ------------------------------------------------------------------------------
 
 def between(z1, z2, t):
-    """z1 + t (z2 - z1): z1 at t = 0, z2 at t = 1, between them for 0 < t < 1, and else beyond."""
+    """z1 + t (z2 - z1): interpolates for t in [0, 1], from z1 to z2; extrapolates for other t."""
     return z1 + t * (z2 - z1)
 
 
 def interpolate(G, z, c, path):
     """Writes interpolation.png: for each pair z1, z2 in z (2 n, z), with its condition in c (n, K),
-    a row of pictures G(z1 + i/9 (z2 - z1)) for i = 0 .. 9. Two more at each end, framed in red,
-    extrapolate."""
+    a row of pictures G(z1 + i/9 (z2 - z1)) for i = 0 .. 9. At each end of a row, two extrapolated
+    pictures are added and framed in red."""
     steps = range(-2, 12)
     t = torch.tensor(steps, device=z.device)[:, None] / 9               # (14, 1)
     rows = [sample(G, between(z1, z2, t), wanted.expand(14, -1))
@@ -1090,7 +1095,7 @@ def since(rows, holds):
 
 
 def is_collapsed(row):
-    """Samples alike: a pixel of the fakes varies less than a third as much as one of the data."""
+    """Mode collapse: the spread of the fakes is less than a third of that of the real pictures."""
     return row["spread"] < 1 / 3
 
 
@@ -1208,8 +1213,7 @@ def main(argv=None):
         side = NETS[cfg.net][1]
         cfg.data, images, labels, classes = data.choose(data.kept(cfg, out), side)
     need((cfg.data == "ring") == (preset == "ring"), "--data ring and the preset ring go together")
-    need(len(images) >= 18, f"{cfg.data} has {len(images)} picture(s) to train on; give it 20, of "
-         "which 18 are for training")
+    need(len(images) >= 18, f"{cfg.data} has {len(images)} pictures to train on; give it 20 in all")
     cfg.channels = images.shape[1]
     if cfg.augment < 0:
         # In our tests augmentation made 10,000 drawn faces and MNIST worse.
