@@ -54,20 +54,23 @@ biggan: $(VENV)  ## 5 min: BigGAN: t-SNE of its class embeddings, pictures betwe
 ## Compare: several runs, then one sheet
 # A sweep trains one run for each word and then puts all on one sheet. The word a=1+b=2 stands for the
 # flags --a=1 --b=2. A run that blows up is a row of the sheet; any other error ends the sweep.
+# SEED=1 puts all of it into folders of its own, for example out/ring1/.
+folder = out/$@$(SEED)
 define runs
-$(foreach p,$(2),$(PYTHON) $(1) $(FLAGS) --$(subst +, --,$(p)) --out out/$@/$(p) || grep -q "blew up" out/$@/$(p)/result.json
+$(foreach p,$(2),$(PYTHON) $(1) $(FLAGS) --$(subst +, --,$(p)) --out $(folder)/$(p) || grep -q "blew up" $(folder)/$(p)/result.json
 )
 endef
 define sweep
 $(runs)
-$(PYTHON) data.py compare out/$@/* --out out/$@-all
+$(PYTHON) data.py compare $(folder)/* --out $(folder)-all
 endef
 
 ring sweep-beta1: export OMP_NUM_THREADS = 1
+LOSSES = loss=gan loss=saturating loss=lsgan loss=wgan loss=wgan-gp loss=gan+r1=1 loss=r3gan
 ring: $(VENV)  ## 2 min: every loss on eight Gaussians: out/ring.png, and four as an animation: out/ring-four.gif
-	$(call runs,gan.py ring,loss=gan loss=saturating loss=lsgan loss=wgan loss=wgan-gp loss=gan+r1=1 loss=r3gan)
-	$(PYTHON) data.py tile $(addprefix out/ring/,loss=gan loss=saturating loss=lsgan loss=wgan loss=wgan-gp loss=gan+r1=1 loss=r3gan) --out out/ring
-	$(PYTHON) data.py tile $(addprefix out/ring/,loss=gan loss=wgan loss=wgan-gp loss=r3gan) --out out/ring-four
+	$(call runs,gan.py ring,$(LOSSES))
+	$(PYTHON) data.py tile $(addprefix $(folder)/,$(LOSSES)) --out $(folder)
+	$(PYTHON) data.py tile $(addprefix $(folder)/,loss=gan loss=wgan loss=wgan-gp loss=r3gan) --out $(folder)-four
 sweep-beta1: $(VENV)  ## 4 min: eight Gaussians, larger networks: what does Adam's beta1 change?
 	$(call sweep,gan.py ring --net ring3,$(foreach b,0 0.5 0.9,$(foreach l,gan lsgan r3gan,loss=$(l)+beta1=$(b))))
 sweep-stacked: $(VENV)  ## 60 min: how many of 1,000 classes do five recipes draw?
@@ -77,6 +80,8 @@ sweep-latent: $(VENV)  ## 25 min: dcgan with z and h of 16 and 100, at the cours
 	$(call sweep,gan.py dcgan --lr 2e-4 --decay 0 --ema 0,z=16+h=16 z=16+h=100 z=100+h=16 z=100+h=100)
 sweep-stability: $(VENV)  ## 65 min: what stops mode collapse? counts 132 kinds of drawn faces
 	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1+augment=1 modern=1+augment=0)
+sweep-penalty: $(VENV)  ## 40 min: emojis with no gradient penalty, and with three kinds of one
+	$(call sweep,gan.py emoji --d-h 32 --batch 16 --steps 6000,gp=0 gp=10+penalty=mean-norm gp=10+penalty=r1 gp=10)
 sweep-modern: $(VENV)  ## 25 min: which part of MODERN=1 matters? leaves out one at a time
 	$(call sweep,gan.py emoji --data faces-a --modern 1 --steps 3000,modern=1 loss=gan r1=0 r2=0 bn=both ema=0 augment=1)
 tips: $(VENV)  ## 40 min: each training tip against its opposite, on anime faces
@@ -105,24 +110,43 @@ def figure(name, source, top=0, bottom=None):
     part = picture.crop((0, top, picture.width, bottom or picture.height))
     part.save(f"figures/{name}", quality=90)
 
+def rows(name, runs, count=1):
+    """Save the first rows of several 8 x 8 grids of samples, labelled, as out/<name>.png."""
+    grids = [data.read_picture(f"out/{run}.png") for run in runs.values()]
+    data.sheet([grid[None, :, :grid.shape[1] * count // 8] for grid in grids], f"out/{name}.png", [*runs])
+
 data.compare(["out/sick/collapse", "out/sick/oscillation", "out/sick/vanishing"], "out/sick-all")
 data.compare(["out/anime-12000", "out/wgan", "out/anime-modern1"], "out/fading")
 data.compare(["out/cyclegan-datafaces", "out/cyclegan-datafaces-identity0.5"], "out/colours")
 data.compare(["out/unit", "out/unit-datadistant"], "out/units")
-steps = ["emoji/001000", "emoji/010000", "emoji/020000", "emoji-modern1/020000"]
-grids = data.read_all([f"out/{step}.png" for step in steps], 528)
-data.sheet([grid[None, :, :198] for grid in grids], "out/evolution.png",
-           ["1,000 steps", "10,000 steps", "20,000 steps", "20,000, MODERN=1"])
+rows("evolution", {"1,000 steps": "emoji/001000", "10,000 steps": "emoji/010000",
+     "20,000 steps": "emoji/020000", "20,000, MODERN=1": "emoji-modern1/020000"}, 3)
+rows("penalties", {"no penalty": "sweep-penalty/gp=0/006000",
+     "the report's": "sweep-penalty/gp=10+penalty=mean-norm/006000",
+     "R1": "sweep-penalty/gp=10+penalty=r1/006000", "Gulrajani's": "sweep-penalty/gp=10/006000"}, 2)
+rows("anime", {"make anime": "anime/002000", "MODERN=1": "anime-modern1/002000"})
+sgd = "g-opt=sgd+d-opt=sgd+lr=2e-3"
+rmsprop = "g-opt=rmsprop+d-opt=rmsprop+lr=5e-4"
+rows("tips", {label: f"tips/{run}/001000" for label, run in {
+     "the course's settings": "bn=both", "ReLU everywhere": "act=relu", "SELU everywhere": "act=selu",
+     "no batch norm in D": "bn=G", "no batch norm in G": "bn=D", "raw pixels, no tanh": "raw=1",
+     "raw, no batch norm": "raw=1+bn=none", "SGD, 2e-3": sgd,
+     "SGD, 2e-3, for D alone": "d-opt=sgd+d-lr=2e-3", "RMSprop, 5e-4": rmsprop}.items()})
 
 figure("ring.png", "ring")
-figure("curves.png", "dcgan/curves")
+figure("curves.png", "dcgan-lr0.0002-decay0-ema0.0/curves")
+figure("interpolation.png", "dcgan-lr0.0002-decay0-ema0.0/interpolation")
 figure("sick.png", "sick-all-curves", -710)
 figure("fading.png", "fading-curves", -1170, -710)
 figure("evolution.jpg", "evolution")
 figure("cyclegan.jpg", "seeds-all")
 figure("colours.jpg", "colours")
 figure("unit.jpg", "units")
-figure("tips.jpg", "tips-all")
+figure("penalties.jpg", "penalties")
+figure("anime.jpg", "anime")
+figure("tips.jpg", "tips")
+figure("digits28.png", "mnist28/drawn")
+figure("clothes.png", "cwgan/conditions")
 figure("text2img.jpg", "text2img-modern1/conditions")
 figure("tsne.png", "biggan/tsne")
 figure("walks.png", "biggan/interpolation")

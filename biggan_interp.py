@@ -638,7 +638,9 @@ def main(argv=None):
         try:
             file = data.fetch("biggan-deep-128-pytorch_model.bin", URLS)
             G = data.place(load_published(file), device)
-            return evaluate(cfg, G, imagenet_names(), {}, data.Log(out, 0), out)
+            log = data.Log(out, 0)
+            log.save(metrics={})            # so that an interrupted run can be started again
+            return evaluate(cfg, G, imagenet_names(), {}, log, out)
         except data.Unavailable as e:
             need(not cfg.model, f"{e}; or use --model small, which needs no download")
             print(f"model    small, trained here: {e}")

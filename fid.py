@@ -800,8 +800,7 @@ def network(cfg, name, size):
             need(cfg.features == "auto", f"{e}; or --features classifier, which needs no download")
             print("features Inception's weights could not be downloaded; they belong at\n"
                   f"         {data.DOWNLOADS / WEIGHTS}")
-    print(f"features {Classifier.name}: compares only with FIDs of this classifier, not with "
-          "Inception's")
+    print(f"features {Classifier.name}: its FIDs do not compare with those of Inception")
     need(not is_array(name), f"the data set of {name} is not known: name it with --data SET")
     return classifier(data.choose(name, size)[0], size, device)
 
