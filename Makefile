@@ -135,7 +135,7 @@ rows("tips", {label: f"tips/{run}/001000" for label, run in {
 
 figure("ring.png", "ring")
 figure("curves.png", "dcgan-lr0.0002-decay0-ema0.0/curves")
-figure("interpolation.png", "dcgan-lr0.0002-decay0-ema0.0/interpolation")
+figure("interpolation.png", "dcgan/interpolation")
 figure("sick.png", "sick-all-curves", -710)
 figure("fading.png", "fading-curves", -1170, -710)
 figure("evolution.jpg", "evolution")
@@ -149,7 +149,7 @@ figure("digits28.png", "mnist28/drawn")
 figure("clothes.png", "cwgan/conditions")
 figure("text2img.jpg", "text2img-modern1/conditions")
 figure("tsne.png", "biggan/tsne")
-figure("walks.png", "biggan/interpolation")
+figure("walks.jpg", "biggan/interpolation")
 endef
 export FIGURES
 figures: $(VENV)  ## the pictures in figures/, once the runs that they show are there
