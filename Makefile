@@ -133,6 +133,13 @@ rows("tips", {label: f"tips/{run}/001000" for label, run in {
      "raw, no batch norm": "raw=1+bn=none", "SGD, 2e-3": sgd,
      "SGD, 2e-3, for D alone": "d-opt=sgd+d-lr=2e-3", "RMSprop, 5e-4": rmsprop}.items()})
 
+plain = Image.open("out/text2img/conditions.png")       # its first four rows, above all of today's
+today = Image.open("out/text2img-modern1/conditions.png")
+page = Image.new("RGB", (today.width, 298 + today.height))
+page.paste(plain)
+page.paste(today, (0, 298))
+page.save("out/text2img.png")
+
 figure("ring.png", "ring")
 figure("curves.png", "dcgan-lr0.0002-decay0-ema0.0/curves")
 figure("interpolation.png", "dcgan/interpolation")
@@ -146,8 +153,7 @@ figure("penalties.jpg", "penalties")
 figure("anime.jpg", "anime")
 figure("tips.jpg", "tips")
 figure("digits28.png", "mnist28/drawn")
-figure("clothes.png", "cwgan/conditions")
-figure("text2img.jpg", "text2img-modern1/conditions")
+figure("text2img.jpg", "text2img")
 figure("tsne.png", "biggan/tsne")
 figure("walks.jpg", "biggan/interpolation")
 endef
