@@ -4,7 +4,8 @@
 #   make test PYTHON=python3                               your own Python in place of .venv
 PYTHON ?= .venv/bin/python
 VENV = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/done)
-FLAGS = $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+NUMBERS = $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
+FLAGS = $(NUMBERS) $(ARGS)
 GAN = $(PYTHON) gan.py $(1) $(if $(MODERN),--modern $(MODERN)) $(FLAGS)
 SHELL = /bin/bash
 .PHONY: $(shell sed -nE 's/^#? ?([a-z0-9-]+):.*/\1/p' Makefile)
@@ -16,7 +17,10 @@ help:
 .venv/done:
 	@python3 -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	  { echo "error: python3 is older than 3.10 or missing: install a newer Python, or name one with PYTHON="; exit 2; }
-	python3 -m venv --clear .venv
+	@test ! -e .venv -o -e .venv/begun || { echo "error: .venv was not made by this Makefile: use it" \
+	  "with PYTHON=./.venv/bin/python, or move it away"; exit 2; }
+	mkdir -p .venv && touch .venv/begun
+	python3 -m venv .venv
 	.venv/bin/python -m pip install -q torch==2.13.0 numpy pillow pytest
 	touch $@
 
@@ -40,9 +44,10 @@ dcgan speedrun mlp emoji anime wgan text2img mnist28 cwgan stacked: $(VENV)
 modes interp: $(VENV)
 	$(call GAN,dcgan)
 
-fid: $(VENV)  ## 3 min: the FID of the dcgan, which is trained first if it is not there
-	$(PYTHON) gan.py dcgan $(if $(STEPS),--steps $(STEPS)) --dump 10000
-	$(PYTHON) fid.py out/dcgan $(ARGS)
+fid: $(VENV)  ## 3 min, with Inception 25: the FID of the dcgan, which is trained first if it is not there
+	$(PYTHON) gan.py dcgan $(if $(MODERN),--modern $(MODERN)) $(NUMBERS) --dump 10000
+	$(PYTHON) fid.py out/dcgan$(if $(MODERN),-modern$(MODERN))$(if $(SEED),-seed$(SEED)) $(ARGS)
+
 ## Translate pictures; BigGAN
 cyclegan: $(VENV)  ## 6 min: CycleGAN: Apple's emojis to Windows' and back, without pairs
 	$(PYTHON) cyclegan.py $(FLAGS)
@@ -78,6 +83,9 @@ sweep-stacked: $(VENV)  ## 60 min: how many of 1,000 classes do five recipes dra
 	  r1=0+bn=both+beta1=0.5+beta2=0.999+lr=2e-3 loss=wgan-gp+lr=1e-3 r1=1 modern=1)
 sweep-latent: $(VENV)  ## 25 min: dcgan with z and h of 16 and 100, at the course's learning rate
 	$(call sweep,gan.py dcgan --lr 2e-4 --decay 0 --ema 0,z=16+h=16 z=16+h=100 z=100+h=16 z=100+h=100)
+sweep-speedrun: $(VENV)  ## 20 min: from dcgan at the course's settings to speedrun, one change after another
+	$(call sweep,gan.py dcgan,lr=2e-4+decay=0+ema=0 decay=0+ema=0 ema=0 ema=0.998 bn=G+r1=1 \
+	  bn=G+r1=1+beta1=0+beta2=0.99 bn=G+r1=1+beta1=0+beta2=0.99+steps=8000)
 sweep-stability: $(VENV)  ## 65 min: what stops mode collapse? counts 132 kinds of drawn faces
 	$(call sweep,gan.py emoji --data faces-a --steps 6000,modern=0 gp=10 sn=D sn=both lr=1.5e-4 d-steps=5 modern=1+augment=1 modern=1+augment=0)
 sweep-penalty: $(VENV)  ## 40 min: emojis with no gradient penalty, and with three kinds of one
@@ -95,20 +103,21 @@ seeds: $(VENV)  ## 12 min: CycleGAN from two seeds: shapes stay, colours change
 ## Tests and results
 bench: $(VENV)  ## 10 min: speed of the textbook loop and of ours, in turns
 	$(PYTHON) test_all.py bench
-results: $(VENV)  ## all finished runs in one table and on one sheet: out/results.md, .png, -curves.png
+results: $(VENV)  ## the finished runs of out/ (not those of sweeps) in one table and on one sheet: out/results.md, .png, -curves.png
 	$(PYTHON) data.py compare $(patsubst %/result.json,%,$(wildcard out/*/result.json)) --out out/results
 
 # What `make figures` does: it puts several runs on one sheet where a picture shows several, cuts what
 # it needs out of a sheet of curves, and saves the pictures under the names that figures/README.md uses.
 define FIGURES
 import data
+import numpy as np
 from PIL import Image
 
-def figure(name, source, top=0, bottom=None):
-    """Save out/<source>.png, or its part between two heights, as figures/<name>."""
-    picture = Image.open(f"out/{source}.png")
-    part = picture.crop((0, top, picture.width, bottom or picture.height))
-    part.save(f"figures/{name}", quality=90)
+def figure(name, source, top=None, bottom=None):
+    """Save out/<source>.png, or only its rows of pixels top to bottom, as figures/<name>. Negative
+    numbers count from the lower end."""
+    picture = np.asarray(Image.open(f"out/{source}.png"))
+    Image.fromarray(picture[top:bottom]).save(f"figures/{name}", quality=90)
 
 def rows(name, runs, count=1):
     """Save the first rows of several 8 x 8 grids of samples, labelled, as out/<name>.png."""
@@ -119,8 +128,8 @@ data.compare(["out/sick/collapse", "out/sick/oscillation", "out/sick/vanishing"]
 data.compare(["out/anime-12000", "out/wgan", "out/anime-modern1"], "out/fading")
 data.compare(["out/cyclegan-datafaces", "out/cyclegan-datafaces-identity0.5"], "out/colours")
 data.compare(["out/unit", "out/unit-datadistant"], "out/units")
-rows("evolution", {"1,000 steps": "emoji/001000", "10,000 steps": "emoji/010000",
-     "20,000 steps": "emoji/020000", "20,000, MODERN=1": "emoji-modern1/020000"}, 3)
+rows("evolution", {"1,000 steps": "long/001000", "10,000 steps": "long/010000",
+     "20,000 steps": "long/020000", "20,000, MODERN=1": "emoji-modern1/020000"}, 3)
 rows("penalties", {"no penalty": "sweep-penalty/gp=0/006000",
      "the report's": "sweep-penalty/gp=10+penalty=mean-norm/006000",
      "R1": "sweep-penalty/gp=10+penalty=r1/006000", "Gulrajani's": "sweep-penalty/gp=10/006000"}, 2)
@@ -167,6 +176,7 @@ test: $(VENV)  ## 3 min: all tests, in two halves side by side
 	export OMP_NUM_THREADS=1; $(PYTHON) -m pytest -q test_all.py -k "not ($(OTHERS))" & half=$$!; \
 	$(PYTHON) -m pytest -q test_all.py -k "$(OTHERS)" || bad=1; wait $$half && test -z "$$bad"
 clean:  ## removes .venv and caches; downloads/ and out/ stay
-	rm -rf .venv __pycache__ .pytest_cache
+	if test -e .venv/begun; then rm -rf .venv; fi
+	rm -rf __pycache__ .pytest_cache
 clean-runs:  ## removes all runs: out/
 	rm -rf out

@@ -59,7 +59,7 @@ class Run:
 
 
 # Settings that may change when a run is resumed, because they do not change what is trained.
-FREE = set("model pairs truncation steps device amp log_every sample_every out resume".split())
+FREE = set("pairs truncation steps device amp log_every sample_every out resume".split())
 
 
 @dataclass

@@ -627,7 +627,8 @@ def scores(G, x, y, way):
     L1 and FID also of simple methods: the input itself (identity), the best constant picture
     (constant), and the input with the colours of style y (colour map)."""
     known = paired(x, y)
-    real = x.test if known else x.train[:1000].cpu()
+    # The files are sorted by name, so their first 1,000 would be of other kinds than the rest.
+    real = x.test if known else fid.shuffled(x.train)[:1000].cpu()
     style = y.train.cpu()
     fake = translate(G, real, way)
     guesses = {

@@ -737,6 +737,8 @@ def meet(name):
     need(os.name == "posix" and (name == "cpu" or not torch.backends.mps.is_available()),
          "torchrun works on Linux, or on a Mac with --device cpu; start the script with python")
     if name != "cpu" and torch.cuda.is_available():
+        need(WORLD <= torch.cuda.device_count(),
+             f"{WORLD} processes need as many GPUs: start fewer, or add --device cpu")
         torch.cuda.set_device(RANK)                 # all processes are on one machine
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
@@ -792,10 +794,10 @@ def run_main(main):
     except (RuntimeError, MemoryError) as e:
         if not re.search("out of memory|allocate|MemoryError", repr(e)):
             raise
-        why = "out of memory: give a smaller --batch, or --device cpu if the GPU is too small"
+        why = "out of memory: give a smaller --batch (fid.py: --n), or --device cpu for a small GPU"
     except KeyboardInterrupt:
-        print("\nstopped; the same command (without --resume 0) goes on from the last checkpoint, "
-              "which is written every --sample-every steps")
+        print("\nstopped; if it was training, the same command (without --resume 0) goes on from "
+              "the last checkpoint, which is written every --sample-every steps")
         sys.exit(130)
     print("error:", *why.split(), file=sys.stderr)
     sys.exit(2)
@@ -952,13 +954,14 @@ def restore(parts, path, cfg, free, device):
     checkpoint, log.csv, result.json and the sample pictures that its log lists. Raises UserError if
     a setting that is not in `free` has changed, if the learning rate has already fallen for another
     number of steps, or if there is nothing to train and nothing to resume."""
+    need(cfg.steps or cfg.resume, f"--resume 0 would delete the run in {path.parent}: omit it")
     if not cfg.resume and path.is_file() and RANK == 0:
         grids = [f"{step:06d}.png" for step in load_checkpoint(path)["log"]["grids"]]
         for name in [*grids, "log.csv", "result.json", "last.pt"]:
             (path.parent / name).unlink(missing_ok=True)
     state = load_checkpoint(path, device) if path.is_file() else dict(step=0)
     if state["step"] == 0:
-        need(cfg.steps, f"nothing is trained yet: this needs {path}; train first, omit --resume 0")
+        need(cfg.steps, f"nothing is trained yet: this needs {path}; train first")
         save_checkpoint(path, parts, 0, cfg)
         return 0
     trained = state["config"]

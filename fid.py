@@ -595,7 +595,8 @@ def scores(net, real, fake):
     and recall, from at most 5,000 pictures; n, n_real, features, floor and floor_n.
 
     The floor is the FID between real pictures: the first n against the next n, or, if there are
-    fewer than 2 n, one half against the other. No generator is expected to get below it. Papers use
+    fewer than 2 n, one half against the other. With so few pictures it is too high, and then a good
+    generator can get below it; so can one that copies the training set. Papers use
     all real pictures. To do the same, generate as many, for example with gan.py --dump 60000 for
     MNIST."""
     n = len(fake)
@@ -700,7 +701,7 @@ def sanity(net, name, n):
     also occur in the training set are left out."""
     x, y = [], []
     for split in ("train", "test"):
-        images, labels, _ = data.load(name, net.size, split)
+        images, labels, _ = data.load(name, min(net.size, 64), split)
         x.append(shuffled(images))
         y.append(shuffled(torch.zeros(len(images)) if labels is None else labels))
     x, y = torch.cat(x), torch.cat(y)
@@ -734,10 +735,13 @@ def array(word):
     run with such a samples.npy -> uint8 tensor (N, C, H, W). UserError, with the NumPy expression
     that converts it, for other arrays."""
     path = Path(word)
-    if path.is_dir():
+    is_run = path.is_dir()
+    if is_run:
         path /= "samples.npy"
-    need(path.is_file(), f"no {path}: add --dump 10000 to the command that trained it, python "
-         "gan.py dcgan --dump 10000; or name two sources, REAL GENERATED")
+    need(path.is_file(), f"no {path}: add --dump 10000 to the command of gan.py that trained it; "
+         "or name two sources, REAL GENERATED")
+    need(not is_run or path.stat().st_mtime >= path.with_name("last.pt").stat().st_mtime,
+         f"{path} is older than {word}/last.pt: repeat the training's command with --dump 10000")
     try:
         x = np.load(path, mmap_mode="r")    # reads no pickle, and no more than the file holds
         need(isinstance(x, np.ndarray), f"it holds several arrays, {getattr(x, 'files', '')}: save "
@@ -772,8 +776,9 @@ def split_of(word):
 
 
 def source(word, size, net):
-    """A word of the command line -> uint8 pictures (N, C, H, W). A data set is loaded at `size`.
-    The pictures of a folder get the size of its first picture, but at most `size`. Those of an
+    """A word of the command line -> uint8 pictures (N, C, H, W). A data set, or a part of a folder,
+    is loaded at `size`, but at most at 64, because 60,000 pictures must fit into memory. The
+    pictures of a whole folder get the size of its first picture, but at most `size`. Those of an
     array are not resized."""
     name, split = split_of(word)
     if is_array(name):
@@ -782,7 +787,7 @@ def source(word, size, net):
         files = data.pictures(name)
         sides = data.read_picture(files[0]).shape[1:]
         return data.read_all(files, min(*sides, size), net.channels)
-    return data.choose(name, size, split)[1]
+    return data.choose(name, min(size, 64), split)[1]
 
 
 # ---- main ----------------------------------------------------------------------------------------

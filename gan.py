@@ -26,8 +26,9 @@ another loss on the same networks: it names a training step (see LOSSES).
 
 Results of seed 0 on MNIST and on Apple's emojis (an AMD EPYC, Zen 5, torch 2.13). The FID is a
 distance between generated and real pictures, and lower is better. It uses features of fid.py's own
-classifier, so it cannot be compared with the FIDs in papers. Two halves of the real data have an
-FID of 0.055 (MNIST) and 0.70 (emojis), which is the best that one can expect:
+classifier, so it cannot be compared with the FIDs in papers. Real pictures have an FID of 0.055
+(MNIST, 10,000 against 10,000 others) and 0.70 (emojis, one half against the other; fewer pictures
+give a higher FID):
 
     python gan.py dcgan                                FID 1.06
     python gan.py dcgan --lr 2e-4 --decay 0 --ema 0    FID 4.63    the course's own settings
@@ -534,7 +535,8 @@ def spectral_norm(layer):
 
 
 def diff_augment(x):
-    """DiffAugment, Zhao 2020: every picture (N, C, S, S) gets random colours and a random shift.
+    """DiffAugment, Zhao 2020, without its third part, cutout: every picture (N, C, S, S) gets
+    random colours and a random shift.
 
     D sees all pictures, real and fake, only in this form, which makes it harder for D to memorise a
     small data set. Real and fake pictures are augmented with the same distribution, and gradients
@@ -944,7 +946,8 @@ def spread(x):
 
 def statistics(cfg, nets, x, x_fake, D, G, real, fake, after):
     """The numbers of the log, 0-d tensors, from what a training step returns. |dD| and |dG| are the
-    norms of the gradients of D's and G's loss; spread is 0 if all fakes are identical."""
+    norms of the gradients of D's and G's loss. (In a step with R1 or R2, |dD| contains them n
+    times, see step_settings, so its curve can have teeth.) spread is 0 if all fakes are equal."""
     scores = torch.stack([t.view(len(t), -1)[:, 0] for t in (real, fake, after)])   # (3, N)
     if cfg.loss in ("gan", "saturating", "acgan"):
         scores = scores.sigmoid()                                   # probabilities
@@ -1132,7 +1135,7 @@ def evaluate(cfg, G, log, images, labels, classes, out, device):
         for i, picture in enumerate(x.expand(-1, 3, -1, -1), 1):
             data.save(data.as_image(picture), out / f"drawn/{i:05}.png")
         data.save(data.grid(x, 10), out / "drawn.png")
-        print(f"wrote    {n} pictures to {out}/drawn, and all on {out}/drawn.png")
+        print(f"wrote    {out}/drawn/00001.png ... {n:05}.png, and all on {out}/drawn.png")
         return
     if cfg.preset == "ring":                        # points: no pictures for a classifier
         modes, good = found(to_float(x))

@@ -712,11 +712,10 @@ def test_a_run_writes_what_it_promises():
     assert np.load("run/samples.npy").shape == (150, 64, 64, 3)
     ends = np.asarray(Image.open("run/interpolation.png")) == (255, 0, 0)
     assert ends.all(2).any()                        # beyond them pictures are framed red
-    before = Path("run/result.json").stat().st_mtime_ns
     assert "wrote run/prompt.png" in run(line + "--prompt 'red hair blue eyes'")
-    assert run(line + "--draw 12").endswith("12 pictures to run/drawn, and all on run/drawn.png\n")
+    assert run(line + "--draw 12").endswith("00001.png ... 00012.png, and all on run/drawn.png\n")
     assert len(os.listdir("run/drawn")) == 12
-    assert Path("run/result.json").stat().st_mtime_ns == before and "step " not in run(line)
+    assert "step " not in run(line)
     r = json.loads(run("fid.py run --json 1 --n 120").splitlines()[-1])
     assert r["n"] == r["floor_n"] == sum(r["counts"]) == 120
 
@@ -739,11 +738,12 @@ RANK=0 WORLD_SIZE=2 TORCHELASTIC_RUN_ID=1 {}cyclegan.py -> error: only gan.py ca
 DOWNLOADS=.file {}gan.py mlp -> error: .file: File exists
 PYTHONIOENCODING=ascii {}gan.py mlp --out アニメ --steps 0 -> run      \u30a2\u30cb\u30e1
 {}gan.py mlp --help | head -1 -> usage: gan.py
+{}gan.py dcgan --help ->   --lr LR               learning rate (default 0.002)
 ulimit -f 100; {}gan.py dcgan --data digits --out . -> error: file: File too large""".split("\n"))
 def test_environment(case):
-    """RANK alone, as on clusters, starts no second process; torchrun is for gan.py; a folder that
-    cannot be written is noticed at once; a name that the console cannot show and a closed pipe are
-    no errors; a full disk leaves no half file."""
+    """The help of a preset shows its own values. RANK alone, as on clusters, starts no second
+    process; torchrun is for gan.py; a folder that cannot be written is noticed at once; a name that
+    the console cannot show and a closed pipe are no errors; a full disk leaves no half file."""
     line, says = case.split(" -> ")
     Path(".file").touch()
     line = line.format(f"'{sys.executable}' '{ROOT}'/")
@@ -753,19 +753,12 @@ def test_environment(case):
 
 
 def test_the_line_of_a_step_has_100_columns(capsys):
-    """Whatever the numbers; those that do not fit stand in log.csv."""
+    """Whatever the numbers; a fifth one no longer fits."""
     names = ["D", "G", "cycle a", "D(G(z)) before", "more"]
     log = data.Log(Path(), 10 ** 7)
     log.write(10 ** 7, 10 ** 9, **dict.fromkeys(names, torch.tensor(-1.2345e20)))
     said = capsys.readouterr().out
     assert len(said) <= 101 and said.count("-1.23e+20") == 4 and "  D(G(z)) -1" in said
-    assert "more" in Path("log.csv").read_text()
-
-
-def test_help_of_a_preset_shows_its_own_values():
-    """dcgan's learning rate, not the default of all presets."""
-    said = " ".join(run("gan.py dcgan --help").split())
-    assert "learning rate (default 0.002)" in said and "--heads" not in said
 
 
 @parametrize("case", """gan.py gcdan -> invalid choice: 'gcdan'
@@ -786,6 +779,7 @@ cyclegan.py --a x -> --b
 cyclegan.py --model unit --identity 1 -> UNIT has
 cyclegan.py --translate x.png --out wide -> no checkpoint of
 biggan_interp.py --model published -> --model small
+gan.py dcgan --out wide --h 8 --resume 0 --draw 9 -> would delete the run in wide: omit it
 fid.py digits wide -> --dump""".split("\n"))
 def test_bad_input_is_one_line(case):
     """error: ... on stderr, exit code 2, and nothing half-written."""
@@ -797,7 +791,7 @@ def test_bad_input_is_one_line(case):
     data.save_state("foreign/last.pt", dict(model=0, log=3))
     assert says in run(line, code=2) and not Path("pwned").exists()
     assert not {path.suffix for path in Path().rglob("*")} & {".part", ".json"}
-    assert Path("one/000001.png").exists()
+    assert Path("one/000001.png").exists() and Path("wide/last.pt").exists()
 
 
 class Evil:
@@ -870,15 +864,13 @@ def test_pictures_as_people_have_them():
 
 
 def test_archives(monkeypatch):
-    """Tagged faces from an archive that a Mac has packed, tags with a BOM; one that is cut is
-    named."""
+    """Tagged faces from an archive, their tags with a BOM; an archive that is cut is named."""
     monkeypatch.setattr(data, "DOWNLOADS", Path())
     tags = "\ufeff"
     for i in range(20):
         data.save(Image.new("RGB", (64, 64)), f"anime/images/{i}.PNG")
         tags += f"{i},aqua hair red eyes\n"
     data.write_text("anime/tags.csv", tags)
-    data.write_text("anime/zip/._tags.csv", "")
     path = Path(shutil.make_archive("anime", "gztar", base_dir="anime"))
     shutil.rmtree("anime")
     assert load("anime", 32)[1].tolist() == 18 * [data.FACES.index("aqua hair red eyes")]
@@ -946,12 +938,6 @@ def test_mistake_9_pictures_that_do_not_match_tanh():
     x = torch.arange(256).byte()
     assert data.to_float(x)[[0, -1]].tolist() == [-1, 1]
     assert torch.equal(data.to_uint8(data.to_float(x)), x)
-
-
-def test_labels_of_axes_are_round():
-    """1, 2 or 5 times a power of ten apart."""
-    assert data.ticks(0, 5000).tolist() == [*range(0, 5001, 1000)]
-    assert data.ticks(6.93, 7.07).tolist() == approx([6.95, 7, 7.05])
 
 
 # ---- fid.py --------------------------------------------------------------------------------------
@@ -1067,7 +1053,7 @@ def test_fid_line():
     x, _, _ = load("digits", 32)
     r = fid.scores(fid.classifier("digits", 32), x[:100], 255 - x[:300])
     words = fid.line(r)
-    assert r["fid"] > 5 * r["floor"] and words.endswith(" at n = 50)")
+    assert words.endswith(" at n = 50)")
     assert "compares with itself only, n = 100 real, 300, real-vs-real floor" in words
 
 
@@ -1565,6 +1551,14 @@ def test_snippets_survive_being_pasted(script, name, along):
     exec(source, {"torch": torch, "nn": nn, "F": F})
     used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
     assert not used & (vars(script).keys() - {"torch", "nn", "F", name, *along})
+
+
+def test_snippets_of_the_pages_run():
+    """One step of each, below our functions, on pictures of the size that the page names."""
+    snippets = re.findall(r"```python\n(.*?)```", README + RESULTS, re.S)
+    for size, snippet in zip(["1, 32, 32", "3, 64, 64", "1, 28, 28"], snippets, strict=True):
+        paste(f"x = torch.randn(9, {size}); y = torch.arange(9)\n"
+              + re.sub(r"range\(\d+", "range(1", snippet), gan)      # one step
 
 
 def test_makefile_and_readme_agree():
