@@ -133,6 +133,10 @@ rows("evolution", {"1,000 steps": "long/001000", "10,000 steps": "long/010000",
 rows("penalties", {"no penalty": "sweep-penalty/gp=0/006000",
      "the report's": "sweep-penalty/gp=10+penalty=mean-norm/006000",
      "R1": "sweep-penalty/gp=10+penalty=r1/006000", "Gulrajani's": "sweep-penalty/gp=10/006000"}, 2)
+rows("penalties-long", {"none, 6,000 steps": "sweep-penalty/gp=0/006000",
+     "none, 20,000": "sweep-penalty/gp=0/020000",
+     "the report's, 6,000": "sweep-penalty/gp=10+penalty=mean-norm/006000",
+     "the report's, 20,000": "sweep-penalty/gp=10+penalty=mean-norm/020000"}, 2)
 rows("anime", {"make anime": "anime/002000", "MODERN=1": "anime-modern1/002000"})
 sgd = "g-opt=sgd+d-opt=sgd+lr=2e-3"
 rmsprop = "g-opt=rmsprop+d-opt=rmsprop+lr=5e-4"
@@ -159,6 +163,7 @@ figure("cyclegan.jpg", "seeds-all")
 figure("colours.jpg", "colours")
 figure("unit.jpg", "units")
 figure("penalties.jpg", "penalties")
+figure("penalties-long.jpg", "penalties-long")
 figure("anime.jpg", "anime")
 figure("tips.jpg", "tips")
 figure("digits28.png", "mnist28/drawn")
