@@ -117,7 +117,7 @@ def figure(name, source, top=None, bottom=None):
     """Save out/<source>.png, or only its rows of pixels top to bottom, as figures/<name>. Negative
     numbers count from the lower end."""
     picture = np.asarray(Image.open(f"out/{source}.png"))
-    Image.fromarray(picture[top:bottom]).save(f"figures/{name}", quality=90)
+    Image.fromarray(picture[top:bottom]).save(f"figures/{name}", quality=85)
 
 def rows(name, runs, count=1):
     """Save the first rows of several 8 x 8 grids of samples, labelled, as out/<name>.png."""
