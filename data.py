@@ -953,7 +953,7 @@ def restore(parts, path, cfg, free, device):
     folder as that of a run of this program. With --resume 0, first deletes the earlier run's
     checkpoint, log.csv, result.json and the sample pictures that its log lists. Raises UserError if
     a setting that is not in `free` has changed, if the learning rate has already fallen for another
-    number of steps, or if there is nothing to train and nothing to resume."""
+    number of steps, or if there is nothing to train: then --resume 0 would only delete."""
     need(cfg.steps or cfg.resume, f"--resume 0 would delete the run in {path.parent}: omit it")
     if not cfg.resume and path.is_file() and RANK == 0:
         grids = [f"{step:06d}.png" for step in load_checkpoint(path)["log"]["grids"]]

@@ -616,7 +616,7 @@ def against(net, images, fake, name):
     where it has fewer, against all of these and the test pictures -> dict, see scores."""
     n = len(fake)
     images = shuffled(images)
-    test, _, _ = data.load(name, images.shape[-1], "test")
+    test = data.load(name, images.shape[-1], "test")[0]
     return scores(net, torch.cat([images[:n], test.to(images.device), images[n:2 * n]]), fake)
 
 
@@ -738,9 +738,10 @@ def array(word):
     is_run = path.is_dir()
     if is_run:
         path /= "samples.npy"
-    need(path.is_file(), f"no {path}: add --dump 10000 to the command of gan.py that trained it; "
-         "or name two sources, REAL GENERATED")
-    need(not is_run or path.stat().st_mtime >= path.with_name("last.pt").stat().st_mtime,
+    need(path.is_file(),
+         f"no {path}: repeat gan.py's command with --dump 10000, or name REAL GENERATED")
+    # A minute's tolerance, because copying a run writes its files anew in any order.
+    need(not is_run or path.stat().st_mtime > path.with_name("last.pt").stat().st_mtime - 60,
          f"{path} is older than {word}/last.pt: repeat the training's command with --dump 10000")
     try:
         x = np.load(path, mmap_mode="r")    # reads no pickle, and no more than the file holds
@@ -777,9 +778,8 @@ def split_of(word):
 
 def source(word, size, net):
     """A word of the command line -> uint8 pictures (N, C, H, W). A data set, or a part of a folder,
-    is loaded at `size`, but at most at 64, because 60,000 pictures must fit into memory. The
-    pictures of a whole folder get the size of its first picture, but at most `size`. Those of an
-    array are not resized."""
+    is loaded at `size`. The pictures of a whole folder get the size of its first picture, but at
+    most `size`. Those of an array are not resized."""
     name, split = split_of(word)
     if is_array(name):
         return array(name)
@@ -787,7 +787,7 @@ def source(word, size, net):
         files = data.pictures(name)
         sides = data.read_picture(files[0]).shape[1:]
         return data.read_all(files, min(*sides, size), net.channels)
-    return data.choose(name, min(size, 64), split)[1]
+    return data.choose(name, size, split)[1]
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -832,7 +832,9 @@ def main(argv=None):
     if is_array(words[1]):
         size = min(array(words[1]).shape[2:])
     net = network(cfg, cfg.data or names[0], size)
-    fake = shuffled(source(words[1], net.size, net))[:cfg.n or None]
+    # 60,000 digits of 299 x 299 pixels, which Inception looks at, would not fit into memory.
+    fake = shuffled(source(words[1], 64 if names[1] in data.SETS else net.size,
+                           net))[:cfg.n or None]
     real = shuffled(source(words[0], min(fake.shape[2:]), net))     # no sharper than the fakes
     result = scores(net, real, fake)
     if net.accuracy:

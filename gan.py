@@ -840,7 +840,7 @@ def config(preset, modern=0, **changes):
     if modern:
         fields |= MODERN
     if loss != fields["loss"]:
-        _, _, settings = LOSSES[loss]
+        settings = LOSSES[loss][2]
         fields |= settings
     if preset == "ring":
         fields |= PRESETS["ring"] | dict(gp=.1 if loss == "wgan-gp" else 0.)
@@ -884,7 +884,7 @@ def step_settings(cfg, step):
 
     R1 and R2 are lazy (Karras 2020, appendix B): they are computed only in every n-th iteration,
     with n times the weight. The average penalty is the same, and most of its time is saved."""
-    _, reads, _ = LOSSES[cfg.loss]
+    reads = LOSSES[cfg.loss][1]
     settings = {name: getattr(cfg, name) for name in reads}
     n = cfg.penalty_every
     for name in reads & {"r1", "r2"}:
@@ -979,7 +979,7 @@ def train(cfg, images, labels, out, device):
     log = data.Log(out, cfg.steps)
     parts = dict(G=G, G_ema=G_ema, D=D, opt_G=opt_G, opt_D=opt_D, log=log)
     start = data.restore(parts, out / "last.pt", cfg, FREE, device)
-    training_step, _, _ = LOSSES[cfg.loss]
+    training_step = LOSSES[cfg.loss][0]
     players = partial(play_G, G), partial(play_D, D, cfg), opt_G, opt_D
     draw = partial(draw_batch, images, conditions, cfg)
     amp = data.autocast(cfg.amp, device)
@@ -1166,7 +1166,7 @@ def evaluate(cfg, G, log, images, labels, classes, out, device):
             result[end] = since(log.rows, holds)
             if result[end] >= 0:
                 headline += f"; {end} {result[end]}"
-        test, _, _ = data.load(cfg.data, images.shape[-1], "test")
+        test = data.load(cfg.data, images.shape[-1], "test")[0]
         result |= fid.neighbours(images, test, x, out / "neighbours.png")
         headline += fid.alarms(result)
     data.finish(out, cfg, log, result, PANELS, headline)
@@ -1181,7 +1181,7 @@ def check(cfg, changes):
     data.at_least(200, cfg, "samples")
     need(cfg.lr > 0, f"--lr {cfg.lr} must be positive")
     need(max(cfg.beta1, cfg.beta2, cfg.ema) < 1, "--beta1, --beta2 and --ema must be below 1")
-    _, reads, _ = LOSSES[cfg.loss]
+    reads = LOSSES[cfg.loss][1]
     if "r1" in reads:
         reads = reads | {"penalty_every"}
     for name in set("r1 r2 penalty_every d_steps gp penalty clip".split()) - reads:

@@ -1050,7 +1050,7 @@ def test_fid_count():
 
 def test_fid_line():
     """It says where the floor or the real pictures are fewer, and with what it compares."""
-    x, _, _ = load("digits", 32)
+    x = load("digits", 32)[0]
     r = fid.scores(fid.classifier("digits", 32), x[:100], 255 - x[:300])
     words = fid.line(r)
     assert words.endswith(" at n = 50)")
